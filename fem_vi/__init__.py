@@ -1,0 +1,1 @@
+"""Variational inference for PDEs on meshes: FEniCSx solvers and weak forms as differentiable PyTorch functions."""

@@ -1,0 +1,38 @@
+"""Every error that a user of fem_vi can meet.
+
+An error says what was given, what was expected, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class FemViError(Exception):
+    """Base class of all errors that fem_vi raises on purpose."""
+
+
+class InvalidInput(FemViError, ValueError):
+    """A value passed to fem_vi has the wrong shape, type, layout or content."""
+
+
+class UnsupportedForm(FemViError, ValueError):
+    """A weak form uses something that the requested operator cannot handle."""
+
+
+class MeshError(FemViError, ValueError):
+    """A mesh file is missing, damaged, or describes something that DOLFINx cannot represent."""
+
+
+class PointsOutsideMesh(FemViError, ValueError):
+    """Observation points lie in no cell of the mesh."""
+
+
+class SolveFailed(FemViError, RuntimeError):
+    """A linear or nonlinear solve did not converge."""
+
+
+class RunFolderError(FemViError, RuntimeError):
+    """A run folder or checkpoint cannot be written, or cannot be trusted when read."""
+
+
+class FailedOnAnotherRank(FemViError, RuntimeError):
+    """Another MPI rank raised an error that this rank has no class for; the message quotes it."""

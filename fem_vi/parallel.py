@@ -1,0 +1,128 @@
+"""Ranks: a process grid, errors that every rank sees, and seeds that all ranks share.
+
+Besides `fem_vi.bridge.layout` this is the only module that calls mpi4py directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from mpi4py import MPI
+
+from fem_vi import errors
+
+
+def _rebuild(name: str, message: str, rank: int) -> Exception:
+    """The exception that a rank without an error of its own raises."""
+    kind = getattr(errors, name, None)
+    text = f"on rank {rank}: {message}"
+    if isinstance(kind, type) and issubclass(kind, errors.FemViError):
+        return kind(text)
+    return errors.FailedOnAnotherRank(f"{name} {text}")
+
+
+def agree_on_error(comm: MPI.Comm, error: Exception | None) -> None:
+    """Raise on every rank if any rank has an error.
+
+    A rank that has an error raises its own; the others raise one of the same class that quotes the lowest failing rank.
+
+    Args:
+        comm: Communicator whose ranks must agree.
+        error: What went wrong on this rank, or None.
+
+    Raises:
+        FemViError: Where any rank passed an error.
+
+    MPI: Collective.
+    """
+    if comm.size > 1:
+        failed = comm.allreduce(comm.size if error is None else comm.rank, op=MPI.MIN)
+        if failed < comm.size:
+            report = (type(error).__name__, str(error)) if comm.rank == failed else None
+            name, message = comm.bcast(report, root=failed)
+            if error is None:
+                raise _rebuild(name, message, failed)
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def raise_on_all(comm: MPI.Comm) -> Iterator[None]:
+    """Run rank-local checks so that an error on one rank is raised on all of them.
+
+    The body must not contain collective calls: a rank that fails leaves it early.
+
+    Args:
+        comm: Communicator whose ranks must agree.
+
+    Raises:
+        FemViError: On every rank, where the body raised on any rank.
+
+    MPI: Collective (one allreduce at the end of the block; none on one rank).
+
+    Example:
+        >>> with raise_on_all(mesh.comm):
+        ...     check_shape(m, n_owned)
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    agree_on_error(comm, error)
+
+
+def shared_seed(comm: MPI.Comm, seed: int) -> int:
+    """Rank 0's seed, on every rank.
+
+    Args:
+        comm: Communicator whose ranks draw the same numbers.
+        seed: Any integer; only that of rank 0 counts.
+
+    Returns:
+        The seed of rank 0.
+
+    MPI: Collective.
+    """
+    return int(comm.bcast(int(seed), root=0)) if comm.size > 1 else int(seed)
+
+
+@dataclass(frozen=True)
+class ProcessGrid:
+    """Two communicators over one set of ranks: some ranks share a mesh, the groups share out samples.
+
+    Rank `r` of `comm` is rank `r % mesh_ranks` of its `mesh_comm`, and rank `r // mesh_ranks` of its `sample_comm`.
+
+    Attributes:
+        comm: All ranks.
+        mesh_comm: The ranks that hold one copy of the mesh together.
+        sample_comm: The ranks that hold the same part of the mesh, one in each copy.
+    """
+
+    comm: MPI.Comm
+    mesh_comm: MPI.Comm
+    sample_comm: MPI.Comm
+
+    @staticmethod
+    def create(comm: MPI.Comm, mesh_ranks: int | None = None) -> ProcessGrid:
+        """Split `comm` into groups of `mesh_ranks` ranks.
+
+        Args:
+            comm: Communicator to split.
+            mesh_ranks: Ranks that share one mesh; all of them when None.
+
+        Raises:
+            InvalidInput: Where `mesh_ranks` does not divide the number of ranks.
+
+        MPI: Collective.
+        """
+        ranks = comm.size if mesh_ranks is None else mesh_ranks
+        if ranks < 1 or comm.size % ranks != 0:
+            raise errors.InvalidInput(
+                f"mesh_ranks is {ranks}; it must divide the {comm.size} ranks of the communicator. "
+                "Start as many ranks as a multiple of it, or choose a divisor."
+            )
+        group, member = divmod(comm.rank, ranks)
+        return ProcessGrid(comm, comm.Split(group, member), comm.Split(member, group))
