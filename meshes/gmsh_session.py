@@ -1,0 +1,64 @@
+"""What every mesh script does alike: a gmsh that is quiet and gives the same file each time, and the same options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import gmsh
+
+HERE = Path(__file__).resolve().parent
+
+
+def options(name: str, description: str, *, size: float) -> argparse.ArgumentParser:
+    """A parser with the options that all scripts share.
+
+    Args:
+        name: Name of the mesh; its file is `meshes/<name>.msh` unless `--out` says otherwise.
+        description: One line for `--help`.
+        size: Default edge length of the largest cells, in the units of the geometry.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--size", type=float, default=size, help="edge length of the largest cells (default: %(default)s)")
+    parser.add_argument("--order", type=int, default=1, choices=[1, 2, 3], help="order of the geometry (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE / f"{name}.msh", help="file to write (default: %(default)s)")
+    return parser
+
+
+@contextmanager
+def model(name: str) -> Iterator[None]:
+    """A gmsh model in which nothing depends on chance, threads or the user's own gmsh settings."""
+    gmsh.initialize(readConfigFiles=False, interruptible=False)
+    try:
+        gmsh.option.setNumber("General.Terminal", 0)
+        gmsh.option.setNumber("General.NumThreads", 1)
+        gmsh.option.setNumber("Mesh.RandomSeed", 1)
+        gmsh.option.setNumber("Mesh.Algorithm", 6)  # Frontal-Delaunay
+        gmsh.option.setNumber("Mesh.Algorithm3D", 1)  # Delaunay; HXT depends on the number of threads
+        gmsh.option.setNumber("Mesh.MshFileVersion", 4.1)
+        gmsh.option.setNumber("Mesh.Binary", 0)  # text, so that a change shows in a diff
+        gmsh.model.add(name)
+        yield
+    finally:
+        gmsh.finalize()
+
+
+def tag(dim: int, name: str, value: int, entities: list[int]) -> None:
+    """Name some entities: a physical group with this tag and name."""
+    gmsh.model.addPhysicalGroup(dim, entities, value, name)
+
+
+def write(path: Path, *, dim: int, order: int) -> None:
+    """Mesh the current model and write it.
+
+    Args:
+        path: File to write, .msh.
+        dim: Dimension of the mesh.
+        order: Order of the geometry; curved boundaries are followed from 2 on.
+    """
+    gmsh.model.mesh.generate(dim)
+    if order > 1:
+        gmsh.model.mesh.setOrder(order)
+    gmsh.write(str(path))
