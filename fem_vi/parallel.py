@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from fem_vi import errors
 
@@ -72,6 +74,20 @@ def raise_on_all(comm: MPI.Comm) -> Iterator[None]:
     except Exception as caught:
         error = caught
     agree_on_error(comm, error)
+
+
+def sum_over_ranks(comm: MPI.Comm, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The entrywise sum over ranks, replicated. Collective."""
+    if comm.size == 1:
+        return values
+    total = np.empty_like(values)
+    comm.Allreduce(np.ascontiguousarray(values), total, op=MPI.SUM)
+    return total
+
+
+def any_rank(comm: MPI.Comm, flag: bool) -> bool:
+    """Whether the flag is set on any rank. Collective."""
+    return bool(comm.allreduce(flag, op=MPI.LOR)) if comm.size > 1 else flag
 
 
 def shared_seed(comm: MPI.Comm, seed: int) -> int:

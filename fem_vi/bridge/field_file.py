@@ -1,0 +1,54 @@
+"""Fields on disk: XDMF with HDF5, which ParaView opens; written aside and renamed when complete."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dolfinx import fem
+from dolfinx.io import XDMFFile
+from torch import Tensor
+
+from fem_vi.bridge.layout import as_numpy
+from fem_vi.errors import InvalidInput
+from fem_vi.parallel import raise_on_all
+from fem_vi.pde.inputs import load_owned, local_size
+
+
+def write_fields(path: str | Path, V: Any, fields: Mapping[str, Tensor]) -> None:
+    """Write fields on one mesh to `path` (.xdmf) and a .h5 file beside it.
+
+    Args:
+        path: Name that ends in .xdmf; existing files are replaced, in one step each, when the new ones are complete.
+        V: Continuous Lagrange space of the mesh's own degree (degree 1 on straight cells).
+        fields: Names and field tensors `(n_owned,)`.
+
+    Raises:
+        InvalidInput: Where the name or a shape is wrong.
+
+    MPI: Collective.
+    """
+    target, comm = Path(path), V.mesh.comm
+    with raise_on_all(comm):
+        if target.suffix != ".xdmf":
+            raise InvalidInput(f"write_fields: {target} must end in .xdmf.")
+        for name, values in fields.items():
+            if tuple(values.shape) != (local_size(V)[0],):
+                raise InvalidInput(f"write_fields: {name} has shape {tuple(values.shape)}; expected {(local_size(V)[0],)} on this rank.")
+    with raise_on_all(comm):
+        folder = target.parent / f".{target.stem}.partial"
+        if comm.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+    with XDMFFile(comm, str(folder / target.name), "w") as file:
+        file.write_mesh(V.mesh)
+        for name, values in fields.items():
+            function = fem.Function(V, name=name)
+            load_owned(function, as_numpy(values))
+            file.write_function(function)
+    with raise_on_all(comm):
+        if comm.rank == 0:
+            for suffix in (".h5", ".xdmf"):
+                os.replace((folder / target.name).with_suffix(suffix), target.with_suffix(suffix))
+            folder.rmdir()

@@ -1,0 +1,246 @@
+"""`MaternField`: a Gaussian field with Matern covariance, by way of a stochastic PDE on the mesh.
+
+A Matern field with smoothness nu = alpha - d/2 solves tau (kappa^2 - Laplacian)^(alpha/2) x = W with white noise W; here
+alpha = 2. With the finite-element matrix K = kappa^2 M + S + (kappa / 1.42) B (mass, stiffness, boundary mass) and the
+lumped mass D, which is the covariance of white noise tested with the basis functions,
+
+    m = mean + C^(1/2) xi,      C^(1/2) = tau^-1 K^-1 D^(1/2),      xi ~ N(0, I),
+
+which is one sparse solve, has the inverse xi = tau D^(-1/2) K (m - mean), and whose determinant comes with the factorisation.
+Distances in xi keep their meaning as the mesh is refined. The Robin term takes the place of the field outside the domain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import ufl
+from torch import Tensor
+from torch.distributions import Distribution
+
+from fem_vi.bridge.field_file import write_fields
+from fem_vi.bridge.layout import all_sum, as_numpy, gather, localise, num_global, num_owned, owned_range
+from fem_vi.errors import InvalidInput
+from fem_vi.noise import standard_normal
+from fem_vi.parallel import raise_on_all, shared_seed
+from fem_vi.pde.factors import Option
+from fem_vi.pde.fields import SpdOperator, check_vertex_space, lumped_mass, node_names
+
+ROBIN = 1.0 / 1.42
+"""Robin coefficient over kappa (Roininen, Huttunen, Lasanen 2014)."""
+EXACT_VARIANCE_LIMIT = 20_000
+
+
+class _Solve(torch.autograd.Function):
+    """K^-1 b; K is symmetric, so the adjoint is the same solve, and so is its adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, operator: SpdOperator) -> Tensor:
+        ctx.operator = operator
+        return torch.from_numpy(operator.solve(as_numpy(b)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Solve.apply(grads[0], ctx.operator), None  # type: ignore[no-untyped-call]
+
+
+class _Multiply(torch.autograd.Function):
+    """K x; its adjoint is the same product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, operator: SpdOperator) -> Tensor:
+        ctx.operator = operator
+        return torch.from_numpy(operator.multiply(as_numpy(x)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Multiply.apply(grads[0], ctx.operator), None  # type: ignore[no-untyped-call]
+
+
+class MaternField(Distribution):
+    """A Gaussian field whose covariance is, away from the boundary, Matern:
+
+        C(r) = std^2 2^(1 - nu) / Gamma(nu) (kappa r)^nu K_nu(kappa r),    kappa = sqrt(2 nu) / length,    nu = 2 - d / 2.
+
+    A `torch.distributions.Distribution` over field tensors `(*batch, n_owned)`; log_prob is the global number on every
+    rank. Near the boundary a Robin condition stands in for the field outside: on the unit square with `length` 0.15 the
+    pointwise standard deviation is within 8 % of `std` everywhere, corners included.
+
+    Args:
+        V: Scalar continuous Lagrange space of degree 1; the mesh should resolve `length` with several cells.
+        std: Marginal standard deviation, unit of the field.
+        length: Correlation length, mesh units, in the convention above (that of Rasmussen, Williams 2006).
+        mean: Number, or field tensor `(n_owned,)`.
+        petsc_options: Options of the solver for K, without prefix; the default is Cholesky by MUMPS.
+
+    Raises:
+        InvalidInput: Where V is another space, or a parameter is out of range.
+
+    MPI: Collective; every method except `all_sum`'s adjoint is too.
+
+    References:
+        Lindgren, Rue, Lindstrom (2011), An explicit link between Gaussian fields and Gaussian Markov random fields.
+        Roininen, Huttunen, Lasanen (2014), Whittle-Matern priors for Bayesian statistical inversion.
+
+    Example:
+        >>> prior = fem_vi.MaternField(V, std=1.0, length=0.25)
+        >>> m = prior.rsample((8,))
+        >>> prior.log_prob(m)
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(
+        self,
+        V: Any,
+        *,
+        std: float,
+        length: float,
+        mean: float | Tensor = 0.0,
+        petsc_options: Mapping[str, Option] | None = None,
+    ) -> None:
+        check_vertex_space(V)
+        self.comm = V.mesh.comm
+        with raise_on_all(self.comm):
+            _check_parameters(std, length)
+        self.V, self.std, self.length = V, std, length
+        self.num_global = num_global(V)
+        d = V.mesh.topology.dim
+        self.nu = 2 - d / 2
+        self.kappa = math.sqrt(2 * self.nu) / length
+        variance = math.gamma(self.nu) / ((4 * math.pi) ** (d / 2) * self.kappa ** (2 * self.nu))
+        self._tau = math.sqrt(variance) / std
+        x, v = ufl.TrialFunction(V), ufl.TestFunction(V)
+        form = (self.kappa**2 * x * v + ufl.inner(ufl.grad(x), ufl.grad(v))) * ufl.dx + ROBIN * self.kappa * x * v * ufl.ds
+        self._operator = SpdOperator(form, petsc_options or {})
+        self._mass = torch.from_numpy(lumped_mass(V))
+        self._names = node_names(V)
+        self._variance: Tensor | None = None
+        self._order: Tensor | None = None
+        super().__init__(torch.Size(), torch.Size([num_owned(V)]), validate_args=False)
+        self._mean = torch.as_tensor(mean, dtype=torch.float64).expand(self.event_shape)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, `(n_owned,)`."""
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Pointwise variance, `(n_owned,)`, computed once.
+
+        Exact, by one solve for each unknown, up to 20,000 unknowns; beyond, the mean square of 1,000 draws, with a relative
+        standard deviation of 4.5 %. Collective.
+        """
+        if self._variance is None:
+            exact = self.num_global <= EXACT_VARIANCE_LIMIT
+            self._variance = self._exact_variance() if exact else self._sampled_variance()
+        return self._variance
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> MaternField:
+        """Refused: draw batches with `rsample(sample_shape)`."""
+        raise InvalidInput("A MaternField cannot be expanded; draw batches with rsample(sample_shape).")
+
+    def white_noise(self, sample_shape: Any = ()) -> Tensor:
+        """Standard normal field tensors `(*sample_shape, n_owned)` that do not depend on the partition.
+
+        The key comes from torch's default generator on rank 0. Collective.
+        """
+        key = shared_seed(self.comm, int(torch.randint(2**62, ())))
+        shape = torch.Size(sample_shape)
+        return torch.from_numpy(standard_normal(key, shape.numel(), self._names)).reshape(*shape, -1)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws, `(*sample_shape, n_owned)`; the same on any number of ranks. Collective."""
+        return self.unwhiten(self.white_noise(sample_shape))
+
+    def unwhiten(self, xi: Tensor) -> Tensor:
+        """m = mean + C^(1/2) xi for field tensors xi `(*batch, n_owned)`; differentiable. Collective."""
+        self._check(xi, "xi")
+        load = self._mass.sqrt() * xi.reshape(-1, xi.shape[-1])
+        x = _Solve.apply(load, self._operator)  # type: ignore[no-untyped-call]
+        return self._mean + x.reshape(xi.shape) / self._tau
+
+    def whiten(self, m: Tensor) -> Tensor:
+        """xi = C^(-1/2) (m - mean), the inverse of `unwhiten`; differentiable. Collective."""
+        self._check(m, "m")
+        x = (m - self._mean).reshape(-1, m.shape[-1])
+        load = _Multiply.apply(x, self._operator)  # type: ignore[no-untyped-call]
+        return (load / self._mass.sqrt()).reshape(m.shape) * self._tau
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density with respect to the coefficients, `(*batch,)`, replicated; differentiable. Collective."""
+        xi = self.whiten(value)
+        quadratic = self.all_sum(xi.square().sum(-1))
+        return -0.5 * quadratic - 0.5 * self.num_global * math.log(2 * math.pi) - self.whitening_logdet
+
+    @property
+    def whitening_logdet(self) -> Tensor:
+        """log |det C^(1/2)|, replicated. Collective."""
+        mass = float(self.all_sum(self._mass.log().sum()))
+        value = 0.5 * mass - self._operator.logdet() - self.num_global * math.log(self._tau)
+        return torch.tensor(value, dtype=torch.float64)
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks; see `fem_vi.all_sum`."""
+        return all_sum(x, self.comm)
+
+    def localise(self, x: Tensor) -> Tensor:
+        """A replicated tensor for use with field tensors; see `fem_vi.localise`."""
+        return localise(x, self.comm)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Field tensors `(*batch, n_owned)` as `(*batch, n_global)` on every rank, in the order of the mesh file. Collective."""
+        return gather(x, self.V)[..., self._file_order()]
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """The inverse of `gather`. Collective."""
+        first, last = owned_range(self.V)
+        whole = torch.empty_like(x)
+        whole[..., self._file_order()] = x
+        return whole[..., first:last]
+
+    def write_fields(self, path: str | Path, fields: Mapping[str, Tensor]) -> None:
+        """Write field tensors `(n_owned,)` to an XDMF file; see `fem_vi.write_fields`. Collective."""
+        write_fields(path, self.V, fields)
+
+    def _file_order(self) -> Tensor:
+        if self._order is None:
+            self._order = torch.argsort(gather(torch.from_numpy(self._names.astype(np.float64)), self.V))
+        return self._order
+
+    def _check(self, x: Tensor, name: str) -> None:
+        with raise_on_all(self.comm):
+            if x.ndim == 0 or x.shape[-1] != self.event_shape[0]:
+                raise InvalidInput(f"MaternField: {name} has shape {tuple(x.shape)}; its last axis must be {self.event_shape[0]} (owned).")
+
+    def _exact_variance(self) -> Tensor:
+        """Row norms of C^(1/2): unit vectors of all ranks, a block at a time."""
+        total = torch.zeros(self.event_shape, dtype=torch.float64)
+        first, last = owned_range(self.V)
+        with torch.no_grad():
+            for start in range(0, self.num_global, 256):
+                columns = torch.arange(start, min(start + 256, self.num_global))
+                unit = (columns[:, None] == torch.arange(first, last)[None, :]).to(torch.float64)
+                total += (self.unwhiten(unit) - self._mean).square().sum(0)
+        return total
+
+    def _sampled_variance(self) -> Tensor:
+        total = torch.zeros(self.event_shape, dtype=torch.float64)
+        with torch.no_grad():
+            for block in range(20):
+                xi = torch.from_numpy(standard_normal(block, 50, self._names))
+                total += (self.unwhiten(xi) - self._mean).square().sum(0)
+        return total / 1000
+
+
+def _check_parameters(std: float, length: float) -> None:
+    for name, value in (("std", std), ("length", length)):
+        if not (math.isfinite(value) and value > 0):
+            raise InvalidInput(f"MaternField: {name} is {value}; it must be positive.")

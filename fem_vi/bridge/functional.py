@@ -1,0 +1,76 @@
+"""`Functional`: a UFL scalar as a differentiable function of the Functions and Constants in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import ufl
+from dolfinx import fem
+from ufl.algorithms import expand_derivatives
+
+from fem_vi.bridge.operator import BatchedOperator, Call
+from fem_vi.errors import InvalidInput, UnsupportedForm
+from fem_vi.parallel import sum_over_ranks
+from fem_vi.pde.adjoint import FormGradient
+from fem_vi.pde.assemble import ScalarForm
+from fem_vi.pde.inputs import Array, create_copies
+
+
+class Functional(BatchedOperator):
+    """J(u, m, ...): an integral over the mesh, the global number on every rank; differentiable once.
+
+    Args:
+        form: UFL form without test and trial functions.
+        inputs: The Functions and Constants of the form that gradients reach. Others are fixed at their values of this
+            moment; changing one later is an error in the next call.
+
+    Call:
+        `functional(*inputs)`, as for `Solve`; returns `(*batch,)`, replicated.
+
+    Raises:
+        UnsupportedForm: Where the form has arguments.
+        InvalidInput: Where an input does not occur in the form; see also `BatchedOperator.__call__`.
+
+    MPI: Collective, forward and backward.
+
+    Example:
+        >>> energy = fem_vi.Functional(0.5 * ufl.inner(ufl.grad(u), ufl.grad(u)) * ufl.dx, [u])
+    """
+
+    def __init__(self, form: ufl.Form, inputs: Sequence[fem.Function | fem.Constant]) -> None:
+        if not isinstance(form, ufl.Form):
+            raise UnsupportedForm(f"form is a {type(form).__name__}; it must be a UFL form (an integrand times ufl.dx, ufl.ds or ufl.dS).")
+        if form.arguments():
+            raise UnsupportedForm(f"form has {len(form.arguments())} arguments; a functional has none.")
+        symbols = [*form.coefficients(), *form.constants()]
+        for position, given in enumerate(inputs):
+            if not any(given is symbol for symbol in symbols):
+                raise InvalidInput(f"inputs[{position}] does not occur in the form.")
+        copies, self._fixed = create_copies(form, inputs)
+        super().__init__(form.ufl_domain().ufl_cargo().comm, copies, ())
+        self._expanded = expand_derivatives(ufl.replace(form, {c.given: c.symbol for c in (*copies, *self._fixed)}))
+        self._form = ScalarForm(self._expanded)
+        self._gradient = FormGradient(self._expanded, copies)
+
+    def _check_state(self) -> None:
+        for given in self._fixed:
+            given.check_unchanged()
+
+    def _load(self, call: Call, flat: Sequence[Array], sample: int) -> None:
+        for given, value in zip(self._inputs, call.values(flat, sample), strict=True):
+            given.load(value)
+
+    def _forward(self, call: Call, flat: Sequence[Array]) -> Array:
+        out = np.empty(call.num_samples)
+        for sample in range(call.num_samples):
+            self._load(call, flat, sample)
+            out[sample] = self._form.assemble()
+        return sum_over_ranks(self.comm, out)
+
+    def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> None:
+        for sample in range(call.num_samples):
+            self._load(call, flat, sample)
+            for position, grad in enumerate(grads):
+                if grad is not None:
+                    grad[call.rows[position][sample]] += g[sample] * self._gradient.assemble(position)

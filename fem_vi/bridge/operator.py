@@ -1,0 +1,179 @@
+"""What all differentiable operators share: checked inputs, batch axes that broadcast, and saved state for each call.
+
+An operator is a function of tensors. Each call saves what its backward needs on its own graph node; nothing is read
+from "the last call".
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fem_vi.bridge.layout import as_numpy
+from fem_vi.errors import InvalidInput
+from fem_vi.parallel import raise_on_all
+from fem_vi.pde.inputs import Array, Input
+
+_calls = itertools.count()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator: how its samples read the rows of its inputs.
+
+    Attributes:
+        number: Counts the calls of this process; equal on all ranks.
+        batch: Broadcast batch axes.
+        rows: For each input, the row of its flattened values that each sample reads.
+        keep: Whether a backward may follow.
+    """
+
+    number: int
+    batch: tuple[int, ...]
+    rows: tuple[NDArray[np.intp], ...]
+    keep: bool
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the flattened batch."""
+        return int(np.prod(self.batch))
+
+    def values(self, flat: Sequence[Array], sample: int) -> list[Array]:
+        """The values of each input for one sample."""
+        return [array[rows[sample]] for array, rows in zip(flat, self.rows, strict=True)]
+
+
+class BatchedOperator(ABC):
+    """A differentiable function of field tensors and replicated tensors, evaluated sample by sample.
+
+    Args:
+        comm: Communicator of the mesh.
+        inputs: What the operator takes, in order.
+        output_shape: Shape of one sample's output.
+    """
+
+    def __init__(self, comm: MPI.Comm, inputs: Sequence[Input], output_shape: tuple[int, ...]) -> None:
+        self.comm = comm
+        self._inputs = tuple(inputs)
+        self._output_shape = output_shape
+
+    @abstractmethod
+    def _forward(self, call: Call, flat: Sequence[Array]) -> Array:
+        """Outputs of all samples, `(num_samples, n_out)`. Collective."""
+
+    @abstractmethod
+    def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> None:
+        """Add each sample's gradients to `grads[k][call.rows[k][sample]]`. Collective."""
+
+    def _check_state(self) -> None:
+        """Refuse to run where what was fixed has changed. Not collective."""
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Evaluate.
+
+        Args:
+            inputs: One tensor for each input: `(*batch, n_owned)` for a Function, `(*batch, *shape)` replicated for a
+                Constant. Batch axes broadcast. float32 is cast to float64; a CUDA tensor is copied to the host and the
+                result back to its device.
+
+        Returns:
+            float64, batch axes first.
+
+        Raises:
+            InvalidInput: On every rank, before any work: wrong number, shape or type, values that are not finite, batch
+                axes that do not broadcast or differ between ranks.
+
+        MPI: Collective.
+        """
+        with raise_on_all(self.comm):
+            self._check_state()
+            batch, rows = _plan(self._name, inputs, self._inputs)
+        self._check_ranks(batch, inputs)
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        call = Call(next(_calls), batch, rows, keep)
+        flat = [_flatten(x, given) for x, given in zip(inputs, self._inputs, strict=True)]
+        out = _Apply.apply(self, call, *flat)
+        device = next((x.device for x in inputs if x.device.type != "cpu"), torch.device("cpu"))
+        return out.to(device)  # type: ignore[no-any-return]
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _check_ranks(self, batch: tuple[int, ...], inputs: Sequence[Tensor]) -> None:
+        """Refuse batches, or values of Constants, that differ between ranks. Collective."""
+        if self.comm.size == 1:
+            return
+        constants = [as_numpy(x).tobytes() for x, given in zip(inputs, self._inputs, strict=True) if not given.is_field]
+        seen = self.comm.allgather((batch, [zlib.crc32(values) for values in constants]))
+        if any(other[0] != seen[0][0] for other in seen):
+            raise InvalidInput(f"{self._name}: the batch axes differ between ranks: {[other[0] for other in seen]}.")
+        if any(other[1] != seen[0][1] for other in seen):
+            raise InvalidInput(f"{self._name}: the values of a Constant differ between ranks; they must be replicated. Seed all ranks alike.")
+
+
+def _plan(name: str, inputs: Sequence[object], expected: Sequence[Input]) -> tuple[tuple[int, ...], tuple[NDArray[np.intp], ...]]:
+    """Check the tensors of a call and work out who reads what. Not collective."""
+    if len(inputs) != len(expected):
+        raise InvalidInput(f"{name} takes {len(expected)} tensors ({', '.join(e.label for e in expected)}); {len(inputs)} were given.")
+    axes = [_batch_axes(name, x, given) for x, given in zip(inputs, expected, strict=True)]
+    try:
+        batch = tuple(np.broadcast_shapes(*axes))
+    except ValueError as error:
+        shapes = ", ".join(f"{given.label}: {own}" for own, given in zip(axes, expected, strict=True))
+        raise InvalidInput(f"{name}: the batch axes do not broadcast ({shapes}).") from error
+    rows = tuple(np.broadcast_to(np.arange(int(np.prod(own))).reshape(own), batch).ravel() for own in axes)
+    return batch, rows
+
+
+def _batch_axes(name: str, x: object, given: Input) -> tuple[int, ...]:
+    """The batch axes of one tensor, after checking the rest of it."""
+    if not isinstance(x, Tensor):
+        raise InvalidInput(f"{name}: {given.label} is a {type(x).__name__}; it must be a torch tensor.")
+    if x.dtype not in (torch.float64, torch.float32):
+        raise InvalidInput(f"{name}: {given.label} has dtype {x.dtype}; it must be float64 (or float32, which is cast).")
+    event = len(given.shape)
+    if x.ndim < event or tuple(x.shape[x.ndim - event :]) != given.shape:
+        what = f"this rank owns {given.size} coefficients" if given.is_field else "the Constant has that shape"
+        hint = " Use fem_vi.distribute to slice a replicated vector." if given.is_field else ""
+        raise InvalidInput(f"{name}: {given.label} has shape {tuple(x.shape)}; its last axes must be {given.shape}, as {what}.{hint}")
+    if not bool(torch.isfinite(x.detach()).all()):
+        raise InvalidInput(f"{name}: {given.label} contains values that are not finite.")
+    return tuple(x.shape[: x.ndim - event])
+
+
+def _flatten(x: Tensor, given: Input) -> Tensor:
+    return x.to(device="cpu", dtype=torch.float64).reshape(-1, given.size)
+
+
+class _Apply(torch.autograd.Function):
+    """Calls an operator in NumPy, forward and backward. First derivatives only: a second one is refused by torch."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: BatchedOperator, call: Call, *flat: Tensor) -> Tensor:
+        out = torch.from_numpy(operator._forward(call, [as_numpy(x) for x in flat]))
+        ctx.operator, ctx.call = operator, call
+        ctx.save_for_backward(out, *flat)
+        return out.reshape(*call.batch, *operator._output_shape)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        out, *flat = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        grads = [torch.zeros_like(x) if want else None for x, want in zip(flat, wanted, strict=True)]
+        views = [None if grad is None else grad.numpy() for grad in grads]
+        cotangent = as_numpy(g).reshape(out.shape)
+        ctx.operator._backward(ctx.call, [as_numpy(x) for x in flat], as_numpy(out), cotangent, views)
+        return None, None, *grads

@@ -1,0 +1,33 @@
+"""Every difference between DOLFINx versions that the solvers meet, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dolfinx
+import numpy as np
+from numpy.typing import NDArray
+
+DOLFINX_VERSION: tuple[int, ...] = tuple(int(part) for part in dolfinx.__version__.split(".")[:2])
+
+
+def collapsed_parent_dofs(space: Any) -> NDArray[np.int32]:
+    """For each unrolled dof of a collapsed C++ subspace, the unrolled dof of its parent (a list of arrays since 0.10)."""
+    return np.asarray(space.collapse()[1], dtype=np.int32).ravel()
+
+
+def geometry_dofmap(mesh: Any) -> NDArray[np.int32]:
+    """Geometry nodes of each cell, `(num_cells, num_nodes)`."""
+    geometry = mesh.geometry
+    return np.asarray(geometry.dofmap if DOLFINX_VERSION < (0, 10) else geometry.dofmaps[0])
+
+
+def coordinate_element(mesh: Any) -> Any:
+    """The map from the reference cell to a cell."""
+    geometry = mesh.geometry
+    return geometry.cmap if DOLFINX_VERSION < (0, 10) else geometry.cmaps[0]
+
+
+def bounding_box_tree(mesh: Any, padding: float) -> Any:
+    """Bounding boxes of all local cells (keyword-only arguments since 0.10)."""
+    return dolfinx.geometry.bb_tree(mesh, mesh.topology.dim, padding=padding)

@@ -1,0 +1,122 @@
+"""Vector-Jacobian products of a residual with respect to its state and inputs.
+
+For the residual vector r_i = F(u, m; phi_i) and a vector lam of its space,
+
+    lam^T dr/du = d/du F(u, m; lam)        and        lam^T dr/dm = d/dm F(u, m; lam),
+
+1-forms that are derived in UFL and compiled once. A Constant c is no Function, so its entries are taken one by one from
+d/dc F(u, m; lam) : e, a scalar, with e running over the unit tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import ufl
+from dolfinx import fem
+from ufl.algorithms import expand_derivatives
+
+from fem_vi.errors import UnsupportedForm
+from fem_vi.parallel import sum_over_ranks
+from fem_vi.pde.assemble import ScalarForm, VectorForm, ZeroVector, create_vector_form
+from fem_vi.pde.inputs import Array, ConstantInput, FunctionInput, Input, load_owned
+from fem_vi.pde.weak_form import WeakForm
+
+
+class FormGradient:
+    """The gradient of a 0-form with respect to Functions and Constants in it.
+
+    Args:
+        form: UFL 0-form.
+        inputs: What to differentiate for.
+
+    MPI: Collective.
+    """
+
+    def __init__(self, form: ufl.Form, inputs: Sequence[Input]) -> None:
+        self._form = form
+        self._inputs = tuple(inputs)
+        self._parts: dict[int, VectorForm | ZeroVector | _ConstantGradient] = {}
+
+    def assemble(self, position: int) -> Array:
+        """Derivative for one input, at what is loaded.
+
+        Args:
+            position: Which of the inputs. Its form is compiled when it is first asked for.
+
+        Returns:
+            Owned entries `(n_owned,)` for a Function; `(prod(shape),)`, replicated and complete, for a Constant.
+
+        MPI: Collective.
+        """
+        if position not in self._parts:
+            self._parts[position] = self._create(self._inputs[position])
+        return self._parts[position].assemble()
+
+    def _create(self, given: Input) -> VectorForm | ZeroVector | _ConstantGradient:
+        try:
+            if isinstance(given, FunctionInput):
+                direction = ufl.TestFunction(given.space)
+                return create_vector_form(expand_derivatives(ufl.derivative(self._form, given.symbol, direction)), given.size)
+            return _ConstantGradient(self._form, given)
+        except (ValueError, NotImplementedError) as error:
+            raise UnsupportedForm(f"The form cannot be differentiated for {given.label}: {error}") from error
+
+
+class _ConstantGradient:
+    """Derivative of a 0-form with respect to the entries of a Constant."""
+
+    def __init__(self, form: ufl.Form, given: ConstantInput) -> None:
+        self._comm = given.symbol.ufl_domain().ufl_cargo().comm
+        self._size = given.size
+        self._direction = fem.Constant(given.symbol.ufl_domain(), np.zeros(given.shape))
+        variable = ufl.variable(given.symbol)
+        replaced = ufl.replace(form, {given.symbol: variable})
+        slopes = [
+            integral.reconstruct(ufl.inner(ufl.diff(integral.integrand(), variable), self._direction)) for integral in replaced.integrals()
+        ]
+        slope = expand_derivatives(ufl.Form(slopes))
+        self._form = None if slope.empty() else ScalarForm(slope)
+
+    def assemble(self) -> Array:
+        gradient = np.zeros(self._size)
+        if self._form is not None:
+            direction = self._direction.value.reshape(-1)
+            for entry in range(self._size):
+                direction[:] = 0.0
+                direction[entry] = 1.0
+                gradient[entry] = self._form.assemble()
+        return sum_over_ranks(self._comm, gradient)
+
+
+class ResidualVjp:
+    """lam^T dr/du and lam^T dr/dm of a weak form, without boundary conditions.
+
+    Args:
+        pde: The weak form.
+
+    Attributes:
+        inputs: Positions of the inputs that occur in the form; others enter by Dirichlet conditions only.
+
+    MPI: Collective.
+    """
+
+    def __init__(self, pde: WeakForm) -> None:
+        self.pde = pde
+        self._lam = fem.Function(pde.space)
+        form = ufl.replace(pde.form, {pde.test: self._lam})
+        self.inputs = pde.occurs_in(form)
+        self._gradient = FormGradient(form, [pde.unknown, *pde.inputs])
+
+    def load(self, lam: Array) -> None:
+        """Set lam: owned entries, `(n_owned,)`. Collective."""
+        load_owned(self._lam, lam)
+
+    def state(self) -> Array:
+        """lam^T dr/du at what is loaded, owned entries: a view, valid until the next call. Collective."""
+        return self._gradient.assemble(0)
+
+    def input(self, position: int) -> Array:
+        """lam^T dr/dm for one input at what is loaded; see `FormGradient.assemble`. Collective."""
+        return self._gradient.assemble(1 + position)

@@ -1,0 +1,156 @@
+"""Dirichlet data as arrays: which dofs are prescribed, by which condition, and where their values come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from dolfinx import fem
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from fem_vi.errors import InvalidInput
+from fem_vi.parallel import any_rank, sum_over_ranks
+from fem_vi.pde import _compat
+from fem_vi.pde.inputs import Array, ConstantInput, FunctionInput, Input, local_size
+
+Dofs = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Prescribed dofs whose values are entries of an input: state dof `dofs[i]` takes entry `entries[i]` of it.
+
+    Attributes:
+        input: The input that holds the values.
+        position: Which of the weak form's inputs it is.
+        dofs: Local unrolled dofs of the state, ghosts included.
+        entries: Local unrolled dofs of the input Function, or entries of the input Constant.
+        num_owned: How many of `dofs`, from the front, this rank owns.
+    """
+
+    input: Input
+    position: int
+    dofs: Dofs
+    entries: Dofs
+    num_owned: int
+
+    def values(self) -> Array:
+        """Current values at `dofs`."""
+        if isinstance(self.input, ConstantInput):
+            return self.input.symbol.value.reshape(-1)[self.entries]  # type: ignore[no-any-return]
+        return self.input.symbol.x.array[self.entries]  # type: ignore[no-any-return]
+
+    def gradient(self, at_state: Array, comm: MPI.Comm) -> Array:
+        """The adjoint of `values`: a cotangent of the state's owned dofs, summed on to the entries of the input.
+
+        Args:
+            at_state: Owned entries of the state's cotangent.
+            comm: Communicator of the mesh.
+
+        Returns:
+            Owned entries for a Function; replicated and complete for a Constant.
+
+        MPI: Collective for a Constant.
+        """
+        owned = slice(0, self.num_owned)
+        local = np.bincount(self.entries[owned], weights=at_state[self.dofs[owned]], minlength=self.input.size)
+        return local if self.input.is_field else sum_over_ranks(comm, local)
+
+
+class Boundary:
+    """All Dirichlet conditions of a weak form on one state space.
+
+    Where conditions overlap, the last one counts, as in DOLFINx.
+
+    Attributes:
+        bcs: The conditions, used by DOLFINx to mark rows and columns.
+        dofs: Prescribed local unrolled dofs, ghosts included, sorted.
+        owned: Those of `dofs` that this rank owns.
+        sources: Where values are inputs.
+        homogeneous: Whether every prescribed value is a constant zero, on all ranks.
+    """
+
+    def __init__(self, space: Any, bcs: Sequence[fem.DirichletBC], inputs: Sequence[Input]) -> None:
+        owned, total = local_size(space)
+        self.bcs = list(bcs)
+        for number, bc in enumerate(self.bcs):
+            _check_condition(space, bc, number)
+        last = np.full(total, -1, dtype=np.int32)
+        for number, bc in enumerate(self.bcs):
+            last[bc.dof_indices()[0]] = number
+        self.dofs: Dofs = np.flatnonzero(last >= 0).astype(np.int32)
+        self.owned: Dofs = self.dofs[self.dofs < owned]
+        self._fixed = np.zeros(total)
+        fem.set_bc(self._fixed, self.bcs)
+        self.sources = self._find_sources(space, inputs, last)
+        for source in self.sources:
+            self._fixed[source.dofs] = 0.0
+        self._watched = self.dofs[np.isin(last[self.dofs], [k for k, bc in enumerate(self.bcs) if not _is_input(bc, inputs)])]
+        local = bool(self.sources) or bool(np.any(self._fixed))
+        self.homogeneous = not any_rank(space.mesh.comm, local)
+
+    def _find_sources(self, space: Any, inputs: Sequence[Input], last: NDArray[np.int32]) -> list[Source]:
+        sources = []
+        for number, bc in enumerate(self.bcs):
+            dofs, num_owned = bc.dof_indices()
+            counts = last[dofs] == number
+            for position, given in enumerate(inputs):
+                if _is_input(bc, [given]):
+                    entries = _entries(space, bc, given, dofs)
+                    sources.append(Source(given, position, dofs[counts], entries[counts], int(counts[:num_owned].sum())))
+        return sources
+
+    def apply(self, x: Array) -> None:
+        """Write the prescribed values into a local array with ghosts. Not collective; inputs must be loaded."""
+        x[self.dofs] = self._fixed[self.dofs]
+        for source in self.sources:
+            x[source.dofs] = source.values()
+
+    def changed(self) -> bool:
+        """Whether the caller has changed a prescribed value that is not an input. Not collective."""
+        if self._watched.size == 0:
+            return False
+        now = np.zeros_like(self._fixed)
+        fem.set_bc(now, self.bcs)
+        return not np.array_equal(now[self._watched], self._fixed[self._watched])
+
+    def values(self) -> Array:
+        """Prescribed values at the owned prescribed dofs `owned`."""
+        x = np.zeros_like(self._fixed)
+        self.apply(x)
+        return x[self.owned]
+
+
+def _is_input(bc: fem.DirichletBC, inputs: Sequence[Input]) -> bool:
+    return any(bc.g is given.given._cpp_object for given in inputs)
+
+
+def _check_condition(space: Any, bc: object, number: int) -> None:
+    if not isinstance(bc, fem.DirichletBC):
+        raise InvalidInput(f"bcs[{number}] is a {type(bc).__name__}; it must come from dolfinx.fem.dirichletbc.")
+    same = bc.function_space is space._cpp_object or space._cpp_object.contains(bc.function_space)
+    if not same:
+        raise InvalidInput(f"bcs[{number}] is a condition on another function space than the state's; build it on the state's space.")
+
+
+def _entries(space: Any, bc: fem.DirichletBC, given: Input, dofs: Dofs) -> Dofs:
+    """Entry of the input that each prescribed dof of the state takes."""
+    if isinstance(given, ConstantInput):
+        return np.zeros_like(dofs) if given.size == 1 else (dofs % given.size).astype(np.int32)
+    if _same_dofs(bc.function_space, given, space):
+        return dofs
+    parents = _compat.collapsed_parent_dofs(bc.function_space)
+    entry_of = np.full(local_size(space)[1], -1, dtype=np.int32)
+    entry_of[parents] = np.arange(parents.size, dtype=np.int32)
+    entries: Dofs = entry_of[dofs]
+    if np.any(entries < 0) or parents.size != local_size(given.space)[1]:
+        raise InvalidInput(f"{given.label} is the value of a Dirichlet condition but does not live in the collapsed subspace.")
+    return entries
+
+
+def _same_dofs(bc_space: Any, given: FunctionInput, space: Any) -> bool:
+    """Whether the value Function is numbered as the state is."""
+    return bool(len(bc_space.component()) == 0 and local_size(given.space) == local_size(space))

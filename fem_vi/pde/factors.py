@@ -1,0 +1,256 @@
+"""Jacobians that are assembled and factorised (or preconditioned) once and kept while they may be needed again.
+
+The pool owns every PETSc object. Others hold keys only: Python's garbage collector must never destroy a PETSc object,
+a collective act, at a time of its own choosing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+import numpy as np
+import ufl
+from dolfinx import fem
+from dolfinx.fem import petsc as fem_petsc
+from mpi4py import MPI
+from petsc4py import PETSc
+
+from fem_vi.errors import SolveFailed
+from fem_vi.pde.boundary import Boundary
+from fem_vi.pde.inputs import Array
+
+Option = str | int | float | bool | None
+_counter = itertools.count()
+RESIDUAL_BOUND = 1e-6
+"""Largest relative residual of a linear solve that is believed."""
+
+
+def complete_options(given: Mapping[str, Option]) -> dict[str, Option]:
+    """The given options over the defaults: LU by MUMPS (by PETSc itself where MUMPS is not there), tight tolerances."""
+    options: dict[str, Option] = {"ksp_type": "preonly", "pc_type": "lu", **given}
+    if options["pc_type"] in ("lu", "cholesky") and PETSc.Sys.hasExternalPackage("mumps"):
+        options.setdefault("pc_factor_mat_solver_type", "mumps")
+    if options["ksp_type"] != "preonly":
+        options.setdefault("ksp_rtol", 1e-10)
+    return options
+
+
+class Options:
+    """PETSc options under a prefix that no other object has."""
+
+    def __init__(self, given: Mapping[str, Option]) -> None:
+        self.prefix = f"fem_vi_{next(_counter)}_"
+        self._given = dict(given)
+        database = PETSc.Options()
+        for name, value in complete_options(given).items():
+            database.setValue(self.prefix + name, value)
+        self._checked = False
+
+    def warn_unused(self) -> None:
+        """Warn once of options that PETSc did not read, which is how a misspelt one shows."""
+        database = PETSc.Options()
+        if self._checked or not hasattr(database, "used"):
+            return
+        self._checked = True
+        unused = [name for name in self._given if not database.used(self.prefix + name)]
+        if unused:
+            warnings.warn(f"PETSc did not use the options {', '.join(unused)}; check their spelling.", stacklevel=2)
+
+
+def reason_name(kind: type, reason: int) -> str:
+    """PETSc's name of a converged reason."""
+    names = [name for name in dir(kind) if not name.startswith("_") and getattr(kind, name) == reason]
+    return max(names, key=len, default=str(reason))
+
+
+class Factor:
+    """One Jacobian with its solver and work vectors.
+
+    Attributes:
+        key: Which linearisation the matrix holds; None for none.
+        released: Whether the holder of the key has said that it will probably not come back.
+    """
+
+    def __init__(self, matrix: PETSc.Mat, options: Options) -> None:
+        self.key: Hashable = None
+        self.released = True
+        self.matrix = matrix
+        self.ksp = PETSc.KSP().create(matrix.comm)
+        self.ksp.setOptionsPrefix(options.prefix)
+        self.ksp.setOperators(matrix)
+        self.ksp.setFromOptions()
+        self._x, self._b = matrix.createVecs()
+        self._residual = self._b.duplicate()
+        self._prefix = options.prefix
+        self._transpose: PETSc.Mat | None = None
+        self._transpose_is_old = True
+
+    def solve(self, b: Array, *, transposed: bool) -> Array:
+        """Solve J x = b, or J^T x = b.
+
+        The right-hand side is scaled by its norm first, so that the solver's tolerances are relative.
+
+        Args:
+            b: Owned entries, `(n_owned,)`.
+            transposed: Which of the two systems.
+
+        Returns:
+            Owned entries of x, `(n_owned,)`.
+
+        Raises:
+            SolveFailed: On every rank, where the solver did not converge or the matrix is singular.
+
+        MPI: Collective.
+        """
+        self._b.array_w[:] = b
+        norm = self._b.norm()
+        if norm == 0.0:
+            return np.zeros_like(b)
+        if not np.isfinite(norm):
+            raise SolveFailed("the right-hand side is not finite")
+        self._b.scale(1.0 / norm)
+        if not transposed or self._is_symmetric():
+            ksp = self._run(self.ksp, self.ksp.solve)
+        elif self.ksp.getPC().getType() == "lu":
+            ksp = self._run(self.ksp, self.ksp.solveTranspose)
+        else:
+            other = self._transposed_solver()
+            ksp = self._run(other, other.solve)
+        self._check(ksp, transposed)
+        return self._x.array_r * norm  # type: ignore[no-any-return]
+
+    def refresh(self) -> None:
+        """Factorise, or set the preconditioner up, for the matrix as it is now. Collective."""
+        try:
+            self.ksp.setOperators(self.matrix)
+            self.ksp.setUp()
+        except PETSc.Error as error:
+            raise SolveFailed(f"PETSc could not set the solver up: {error}") from error
+        self._transpose_is_old = True
+
+    def _run(self, ksp: PETSc.KSP, solve: Callable[[PETSc.Vec, PETSc.Vec], None]) -> PETSc.KSP:
+        try:
+            solve(self._b, self._x)
+        except PETSc.Error as error:
+            raise SolveFailed(f"PETSc failed inside KSP: {error}") from error
+        return ksp
+
+    def _is_symmetric(self) -> bool:
+        """Whether the user has said so, by a method for symmetric matrices only. `_check` finds out if it is not true."""
+        return self.ksp.getType() in ("cg", "minres", "symmlq", "pipecg") or self.ksp.getPC().getType() in ("cholesky", "icc")
+
+    def _transposed_solver(self) -> PETSc.KSP:
+        """A solver of its own for J^T: few preconditioners can be applied transposed (BoomerAMG's answer is wrong)."""
+        if self._transpose is None:
+            self._transpose = PETSc.Mat()
+            self._transpose_ksp = PETSc.KSP().create(self.matrix.comm)
+            self._transpose_ksp.setOptionsPrefix(self._prefix)
+            self._transpose_ksp.setFromOptions()
+        if self._transpose_is_old:
+            self.matrix.transpose(self._transpose)
+            self._transpose_ksp.setOperators(self._transpose)
+            self._transpose_is_old = False
+        return self._transpose_ksp
+
+    def _check(self, ksp: PETSc.KSP, transposed: bool) -> None:
+        """Trust the solver's word, and then the true residual: a wrong answer must not pass for a converged one."""
+        reason = ksp.getConvergedReason()
+        if reason <= 0:
+            raise SolveFailed(
+                f"KSP stopped with {reason_name(PETSc.KSP.ConvergedReason, reason)} after {ksp.getIterationNumber()} iterations, "
+                f"relative residual {ksp.getResidualNorm():.1e}"
+            )
+        (self.matrix.multTranspose if transposed else self.matrix.mult)(self._x, self._residual)
+        self._residual.axpy(-1.0, self._b)
+        size = self._residual.norm()
+        direct = ksp.getType() == "preonly"
+        if not size <= (RESIDUAL_BOUND if direct else max(RESIDUAL_BOUND, 1e3 * ksp.getTolerances()[0])):
+            cause = "the Jacobian is singular or nearly so" if direct else "its preconditioner or method does not fit the Jacobian"
+            raise SolveFailed(f"the linear solver left a relative residual of {size:.1e}: {cause}")
+
+    def num_bytes(self) -> int:
+        """Memory of the matrix and its factor, the largest over ranks. Collective."""
+        local = self.matrix.getInfo(PETSc.Mat.InfoType.LOCAL)["memory"]
+        preconditioner = self.ksp.getPC()
+        if preconditioner.getType() in ("lu", "cholesky"):
+            factor = preconditioner.getFactorMatrix()
+            if preconditioner.getFactorSolverType() == "mumps":
+                local += 1e6 * factor.getMumpsInfog(18)
+            else:
+                local += factor.getInfo(PETSc.Mat.InfoType.LOCAL)["memory"]
+        else:
+            local *= 3
+        return int(self.matrix.comm.tompi4py().allreduce(local, op=MPI.MAX))
+
+
+class FactorPool:
+    """Factors of one operator's Jacobian at several linearisation points, within a memory budget.
+
+    What is released goes first, then what was used least recently; an evicted one is rebuilt when it is needed. The
+    symbolic factorisation stays with the matrix that is reused.
+
+    Args:
+        form: The Jacobian dF/du, a 2-form.
+        boundary: Its Dirichlet conditions: their rows and columns are those of the identity.
+        options: PETSc options.
+        budget: Bytes, per rank; one factor is kept whatever its size.
+    """
+
+    def __init__(self, form: ufl.Form, boundary: Boundary, options: Options, budget: int) -> None:
+        self._form = fem.form(form)
+        self._boundary = boundary
+        self._options = options
+        self._budget = budget
+        self._factors: list[Factor] = []
+        self._capacity = 1
+        self.num_factorisations = 0
+
+    def get(self, key: Hashable) -> Factor:
+        """The factor of a key, built at what is loaded where it is not kept.
+
+        Args:
+            key: Names the linearisation point; equal on all ranks. The state and inputs of that point are loaded.
+
+        MPI: Collective.
+        """
+        for factor in self._factors:
+            if factor.key == key:
+                self._factors.remove(factor)
+                self._factors.append(factor)
+                return factor
+        factor = self._vacant()
+        self.assemble(factor.matrix)
+        factor.refresh()
+        factor.key, factor.released = key, False
+        self.num_factorisations += 1
+        if self.num_factorisations == 1:
+            self._capacity = max(1, self._budget // max(1, factor.num_bytes()))
+        return factor
+
+    def release(self, key: Hashable) -> None:
+        """Say that a key will probably not be asked for again. Not collective."""
+        for factor in self._factors:
+            if factor.key == key:
+                factor.released = True
+
+    def assemble(self, matrix: PETSc.Mat) -> None:
+        """Assemble the Jacobian at what is loaded. Collective."""
+        matrix.zeroEntries()
+        fem_petsc.assemble_matrix(matrix, self._form, bcs=self._boundary.bcs)
+        matrix.assemble()
+
+    def create_matrix(self) -> PETSc.Mat:
+        """A matrix with the Jacobian's sparsity. Collective."""
+        return fem_petsc.create_matrix(self._form)
+
+    def _vacant(self) -> Factor:
+        released = [factor for factor in self._factors if factor.released]
+        if not released and len(self._factors) < self._capacity:
+            factor = Factor(self.create_matrix(), self._options)
+        else:
+            factor = released[0] if released else self._factors[0]
+            self._factors.remove(factor)
+        factor.key, factor.released = None, True
+        self._factors.append(factor)
+        return factor

@@ -1,0 +1,142 @@
+"""The inputs of a weak form: private copies of the caller's Functions and Constants, with their layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ufl
+from dolfinx import fem
+from numpy.typing import NDArray
+
+from fem_vi.errors import InvalidInput
+
+Array = NDArray[np.float64]
+
+
+def local_size(space: Any) -> tuple[int, int]:
+    """Unrolled dofs of a space on this rank: owned, and owned with ghosts."""
+    index_map, bs = space.dofmap.index_map, space.dofmap.index_map_bs
+    return index_map.size_local * bs, (index_map.size_local + index_map.num_ghosts) * bs
+
+
+def load_owned(function: fem.Function, values: Array) -> None:
+    """Write owned coefficients into a private Function and update its ghosts. Collective."""
+    function.x.array[: values.size] = values
+    function.x.scatter_forward()
+
+
+class FunctionInput:
+    """A private copy of a Function: `values` are its owned coefficients, `(n_owned,)`."""
+
+    def __init__(self, given: fem.Function, label: str) -> None:
+        self.given = given
+        self.label = label
+        self.space = given.function_space
+        self.symbol = fem.Function(self.space, name=given.name)
+        self.symbol.x.array[:] = given.x.array
+        self.shape: tuple[int, ...] = (local_size(self.space)[0],)
+        self.size = self.shape[0]
+        self.is_field = True
+        self._frozen = given.x.array.copy()
+
+    def load(self, values: Array) -> None:
+        """Set the owned coefficients. Collective."""
+        load_owned(self.symbol, values)
+
+    def changed(self) -> bool:
+        """Whether the caller's Function differs from what it was when the copy was made."""
+        return not np.array_equal(self.given.x.array, self._frozen)
+
+    def check_unchanged(self) -> None:
+        """Refuse a changed original; see `check_unchanged`."""
+        check_unchanged(self)
+
+
+class ConstantInput:
+    """A private copy of a Constant: `values` are its entries, row by row, `(prod(shape),)`, replicated."""
+
+    def __init__(self, given: fem.Constant, label: str) -> None:
+        self.given = given
+        self.label = label
+        self.symbol = fem.Constant(given.ufl_domain(), np.array(given.value, dtype=np.float64))
+        self.shape: tuple[int, ...] = tuple(given.value.shape)
+        self.size = int(np.prod(self.shape))
+        self.is_field = False
+        self._frozen = np.array(given.value)
+
+    def load(self, values: Array) -> None:
+        """Set the entries. Not collective."""
+        self.symbol.value[...] = values.reshape(self.shape)
+
+    def changed(self) -> bool:
+        """Whether the caller's Constant differs from what it was when the copy was made."""
+        return not np.array_equal(self.given.value, self._frozen)
+
+    def check_unchanged(self) -> None:
+        """Refuse a changed original; see `check_unchanged`."""
+        check_unchanged(self)
+
+
+Input = FunctionInput | ConstantInput
+
+
+def check_unchanged(given: Input) -> None:
+    """Refuse to go on where the caller has changed a Function or Constant that is fixed. Not collective.
+
+    Raises:
+        InvalidInput: Naming what changed.
+    """
+    if given.changed():
+        raise InvalidInput(f"{given.label} has changed since the operator was built. What varies must be listed in inputs=[...].")
+
+
+def create_input(given: object, label: str) -> Input:
+    """The private copy of a Function or Constant.
+
+    Args:
+        given: `dolfinx.fem.Function` or `dolfinx.fem.Constant`, real, double precision.
+        label: How error messages call it.
+
+    Raises:
+        InvalidInput: For anything else.
+    """
+    if isinstance(given, fem.Function):
+        if given.x.array.dtype != np.float64:
+            raise InvalidInput(f"{label} has dtype {given.x.array.dtype}; fem_vi works in float64 with real numbers.")
+        return FunctionInput(given, label)
+    if isinstance(given, fem.Constant):
+        if np.iscomplexobj(given.value):
+            raise InvalidInput(f"{label} is complex; fem_vi works with real numbers.")
+        return ConstantInput(given, label)
+    raise InvalidInput(
+        f"{label} is a {type(given).__name__}; it must be a dolfinx.fem.Function or dolfinx.fem.Constant that occurs in the form "
+        "or is the value of a Dirichlet condition."
+    )
+
+
+def create_copies(form: ufl.Form, inputs: Sequence[object], *, besides: Sequence[object] = ()) -> tuple[list[Input], list[Input]]:
+    """Private copies of everything in a form: of the listed inputs, and of the rest, which stays fixed.
+
+    Args:
+        form: UFL form.
+        inputs: The caller's Functions and Constants that vary.
+        besides: What needs no copy.
+
+    Returns:
+        Copies of the inputs, in order, and of the other coefficients and Constants of the form.
+
+    Raises:
+        InvalidInput: Where an input is of the wrong kind or listed twice.
+    """
+    for position, given in enumerate(inputs):
+        if any(given is other for other in inputs[:position]):
+            raise InvalidInput(f"inputs[{position}] is listed twice.")
+    varying = [
+        create_input(given, f"inputs[{k}] ({given.name})" if isinstance(given, fem.Function) else f"inputs[{k}]")
+        for k, given in enumerate(inputs)
+    ]
+    known = [*inputs, *besides]
+    others = [symbol for symbol in (*form.coefficients(), *form.constants()) if not any(symbol is k for k in known)]
+    return varying, [create_input(symbol, f"the {type(symbol).__name__} '{symbol}' of the form") for symbol in others]

@@ -1,0 +1,200 @@
+"""The state equation: given inputs, the u with F(u, m; v) = 0 for all v."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import ufl
+from dolfinx import fem
+from petsc4py import PETSc
+
+from fem_vi.errors import SolveFailed
+from fem_vi.pde.assemble import VectorForm, create_vector_form
+from fem_vi.pde.boundary import Boundary
+from fem_vi.pde.factors import FactorPool, Option, Options, reason_name
+from fem_vi.pde.inputs import Array, load_owned
+from fem_vi.pde.weak_form import WeakForm
+
+
+class StateEquation:
+    """Solves a weak form for its state and keeps the linearisations that the adjoint will need.
+
+    A linear form, one whose Jacobian does not contain the state, is solved by one linear solve; the factorisation
+    serves the adjoint as well, and serves every sample that shares the inputs of the Jacobian. Any other form goes
+    through PETSc's SNES.
+
+    Args:
+        pde: The weak form.
+        petsc_options: SNES, KSP and PC options, without prefix.
+        factor_budget: Bytes per rank for kept factorisations.
+
+    MPI: Collective.
+    """
+
+    def __init__(self, pde: WeakForm, petsc_options: Mapping[str, Option], factor_budget: int) -> None:
+        self.pde = pde
+        self._options = Options(petsc_options)
+        self.factors = FactorPool(pde.jacobian, pde.boundary, self._options, factor_budget)
+        self.jacobian_inputs = pde.occurs_in(pde.jacobian) if pde.is_linear else tuple(range(len(pde.inputs)))
+        self._solver = _LinearSolve(pde, self.factors) if pde.is_linear else _NonlinearSolve(pde, self.factors, self._options)
+
+    def load(self, values: Sequence[Array], state: Array | None = None) -> None:
+        """Write one sample's inputs, and its state, into the form's Functions. Collective.
+
+        Args:
+            values: Owned values of each input.
+            state: Owned coefficients of the state.
+        """
+        for given, value in zip(self.pde.inputs, values, strict=True):
+            given.load(value)
+        if state is not None:
+            load_owned(self.pde.state, state)
+
+    def solve(self, values: Sequence[Array], key: Hashable) -> Array:
+        """Solve for the state.
+
+        Args:
+            values: Owned values of each input.
+            key: Names the values of the inputs `jacobian_inputs`; equal on all ranks.
+
+        Returns:
+            Owned coefficients of the state, `(n_owned,)`.
+
+        Raises:
+            SolveFailed: On every rank, where a solver did not converge.
+
+        MPI: Collective.
+        """
+        self.load(values)
+        u = self._solver.solve(key)
+        self._options.warn_unused()
+        return u
+
+    def solve_adjoint(self, values: Sequence[Array], u: Array, g: Array, key: Hashable) -> Array:
+        """Solve (dF/du)^T lam = g with homogeneous boundary conditions, at a state that `solve` returned.
+
+        Args:
+            values: Owned values of each input.
+            u: Owned coefficients of the state.
+            g: Owned cotangent dL/du.
+            key: As in `solve`; a Jacobian that is no longer kept is rebuilt.
+
+        Returns:
+            Owned coefficients of lam, `(n_owned,)`. The inputs and the state stay loaded.
+
+        Raises:
+            SolveFailed: On every rank, where the solver did not converge.
+
+        MPI: Collective.
+        """
+        self.load(values, u)
+        factor = self.factors.get(key)
+        right = g.copy()
+        right[self.pde.boundary.owned] = 0.0
+        return factor.solve(right, transposed=True)
+
+
+class _LinearSolve:
+    """J(m) u = b(m): with u = u_D + w, where u_D holds the prescribed values, J w = -F(u_D)."""
+
+    def __init__(self, pde: WeakForm, factors: FactorPool) -> None:
+        self._pde = pde
+        self._factors = factors
+        owned = pde.boundary.owned
+        self._lifted = not pde.boundary.homogeneous
+        source = _source(pde)
+        self._source_is_fixed = not self._lifted and not pde.occurs_in(source)
+        size = pde.initial_guess.size
+        self._form = VectorForm(pde.form) if self._lifted else create_vector_form(source, size)
+        self._owned = owned
+        self._fixed_source: Array | None = None
+
+    def solve(self, key: Hashable) -> Array:
+        factor = self._factors.get(key)
+        lifting = self._pde.state.x.array
+        lifting[:] = 0.0
+        b = self._right_hand_side(lifting)
+        u = factor.solve(b, transposed=False)
+        return u + lifting[: u.size] if self._lifted else u
+
+    def _right_hand_side(self, lifting: Array) -> Array:
+        if self._lifted:
+            self._pde.boundary.apply(lifting)
+            b = -self._form.assemble()
+        elif self._fixed_source is not None:
+            return self._fixed_source
+        else:
+            b = self._form.assemble().copy()
+        b[self._owned] = 0.0
+        if self._source_is_fixed:
+            self._fixed_source = b
+        return b
+
+
+def _source(pde: WeakForm) -> ufl.Form:
+    """The part of -F that does not contain the state."""
+    return ufl.rhs(ufl.replace(pde.form, {pde.state: pde.trial}))
+
+
+class _NonlinearSolve:
+    """F(u, m) = 0 by SNES, from the initial guess with the prescribed values written into it."""
+
+    def __init__(self, pde: WeakForm, factors: FactorPool, options: Options) -> None:
+        self._pde = pde
+        residual = _Residual(VectorForm(pde.form), pde.state, pde.boundary)
+        self._matrix = factors.create_matrix()
+        self._x, vector = self._matrix.createVecs()
+        self._snes = PETSc.SNES().create(self._matrix.comm)
+        self._snes.setOptionsPrefix(options.prefix)
+        self._snes.setTolerances(rtol=1e-10, atol=1e-50, stol=1e-12, max_it=50)
+        self._snes.setFunction(residual.evaluate, vector)
+        self._snes.setJacobian(_Jacobian(factors, pde.state).evaluate, self._matrix)
+        self._snes.setFromOptions()
+
+    def solve(self, key: Hashable) -> Array:
+        del key
+        start = self._pde.initial_guess.copy()
+        self._pde.boundary.apply(start)
+        self._x.array_w[:] = start[: self._x.getLocalSize()]
+        try:
+            self._snes.solve(None, self._x)
+        except PETSc.Error as error:
+            raise SolveFailed(f"PETSc failed inside SNES: {error}") from error
+        reason = self._snes.getConvergedReason()
+        if reason <= 0:
+            name = reason_name(PETSc.SNES.ConvergedReason, reason)
+            linear = self._snes.getKSP().getConvergedReason()
+            hint = f" (KSP: {reason_name(PETSc.KSP.ConvergedReason, linear)})" if linear < 0 else ""
+            raise SolveFailed(
+                f"SNES stopped with {name}{hint} after {self._snes.getIterationNumber()} iterations, "
+                f"residual norm {self._snes.getFunctionNorm():.1e}"
+            )
+        return self._x.array_r.copy()  # type: ignore[no-any-return]
+
+
+class _Residual:
+    """SNES's residual: F(u), and u - h on the prescribed dofs. Holds no reference to the SNES that calls it."""
+
+    def __init__(self, form: VectorForm, state: fem.Function, boundary: Boundary) -> None:
+        self._form, self._state, self._boundary = form, state, boundary
+
+    def evaluate(self, snes: PETSc.SNES, x: PETSc.Vec, out: PETSc.Vec) -> None:
+        values = x.array_r
+        load_owned(self._state, values)
+        r = out.array_w
+        r[:] = self._form.assemble()
+        owned = self._boundary.owned
+        r[owned] = values[owned] - self._boundary.values()
+
+
+class _Jacobian:
+    """SNES's Jacobian, at the u that SNES passes."""
+
+    def __init__(self, factors: FactorPool, state: fem.Function) -> None:
+        self._factors, self._state = factors, state
+
+    def evaluate(self, snes: PETSc.SNES, x: PETSc.Vec, matrix: PETSc.Mat, preconditioner: PETSc.Mat) -> None:
+        load_owned(self._state, x.array_r)
+        self._factors.assemble(preconditioner)
+        if matrix != preconditioner:
+            matrix.assemble()

@@ -1,0 +1,115 @@
+"""A PDE as a weak-form residual: what is solved for, what varies, and what is prescribed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ufl
+from dolfinx import fem
+from ufl.algorithms import expand_derivatives
+
+from fem_vi.errors import InvalidInput, UnsupportedForm
+from fem_vi.pde.boundary import Boundary
+from fem_vi.pde.inputs import create_copies, create_input
+
+
+class WeakForm:
+    """The residual F(u, m; v) of a PDE, written once in UFL.
+
+    The form is copied on to private Functions and Constants: operators built from it never write to those of the caller.
+    The state Function's values at this moment are the initial guess of nonlinear solves. Functions and Constants
+    of the form that are not listed as inputs are fixed at their values of this moment; changing one later is an
+    error in the next call, not a silently old number.
+
+    Args:
+        F: UFL form with one test function v in the space of the state, zero at the solution.
+        state: The Function u that is solved for; any space, mixed ones included.
+        inputs: The Functions and Constants that gradients reach: coefficients and sources in any space, Constants of any
+            shape, values of Dirichlet conditions (the Function or Constant passed to `dirichletbc`).
+        bcs: Dirichlet conditions on the state's space or its subspaces. Where they overlap, the last one counts.
+
+    Raises:
+        InvalidInput: Where an input is of the wrong kind, occurs twice, or occurs nowhere in the form or conditions.
+        UnsupportedForm: Where F does not have exactly one argument, or its test function lives in another space.
+
+    MPI: Collective.
+
+    Example:
+        >>> F = ufl.exp(m) * ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx - v * ufl.dx
+        >>> pde = fem_vi.WeakForm(F, state=u, inputs=[m], bcs=[bc])
+    """
+
+    def __init__(
+        self,
+        F: ufl.Form,
+        *,
+        state: fem.Function,
+        inputs: Sequence[fem.Function | fem.Constant],
+        bcs: Sequence[fem.DirichletBC] = (),
+    ) -> None:
+        test = _test_function(F, state)
+        self.space = state.function_space
+        self.comm = self.space.mesh.comm
+        self.unknown = create_input(state, "the state")
+        if any(given is state for given in inputs):
+            raise InvalidInput("The state is listed among the inputs; it is what Solve returns.")
+        varying, self._fixed = create_copies(F, inputs, besides=[state])
+        self.inputs = tuple(varying)
+        self.test = ufl.TestFunction(self.space)
+        self.trial = ufl.TrialFunction(self.space)
+        self.state: fem.Function = self.unknown.symbol
+        copies = {given.given: given.symbol for given in (self.unknown, *self.inputs, *self._fixed)}
+        self.form = expand_derivatives(ufl.replace(F, {test: self.test, **copies}))
+        self.boundary = Boundary(self.space, bcs, self.inputs)
+        self._check_occurrence()
+        self.initial_guess = self.state.x.array.copy()
+        self.jacobian = expand_derivatives(ufl.derivative(self.form, self.state, self.trial))
+
+    def _check_occurrence(self) -> None:
+        symbols = [*self.form.coefficients(), *self.form.constants()]
+        on_boundary = {source.position for source in self.boundary.sources}
+        for position, given in enumerate(self.inputs):
+            if position not in on_boundary and not any(given.symbol is symbol for symbol in symbols):
+                raise InvalidInput(f"{given.label} occurs neither in the form nor as the value of a Dirichlet condition.")
+        if not any(self.state is symbol for symbol in symbols):
+            raise InvalidInput("The state does not occur in the form; use the Function passed as state in place of a TrialFunction.")
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the residual is affine in the state, seen from the form."""
+        return not any(self.state is c for c in self.jacobian.coefficients())
+
+    def occurs_in(self, form: ufl.Form) -> tuple[int, ...]:
+        """Positions of the inputs that occur in a form derived from this one."""
+        symbols = [*form.coefficients(), *form.constants()]
+        return tuple(k for k, given in enumerate(self.inputs) if any(given.symbol is symbol for symbol in symbols))
+
+    def check_fixed(self) -> None:
+        """Refuse to go on where a Function or Constant that is not an input has been changed. Not collective.
+
+        Raises:
+            InvalidInput: Naming what changed.
+        """
+        for given in self._fixed:
+            given.check_unchanged()
+        if self.boundary.changed():
+            raise InvalidInput(
+                "The value of a Dirichlet condition has changed since the WeakForm was built. "
+                "What varies must be listed in WeakForm(inputs=[...])."
+            )
+
+
+def _test_function(F: object, state: object) -> ufl.Argument:
+    if not isinstance(F, ufl.Form):
+        raise UnsupportedForm(f"F is a {type(F).__name__}; it must be a UFL form (an integrand times ufl.dx, ufl.ds or ufl.dS).")
+    if not isinstance(state, fem.Function):
+        raise InvalidInput(f"state is a {type(state).__name__}; it must be the dolfinx.fem.Function that the form contains.")
+    arguments = F.arguments()
+    if len(arguments) != 1:
+        raise UnsupportedForm(
+            f"F has {len(arguments)} arguments; a residual has one, its test function. Write it with the state Function in "
+            "place of a TrialFunction."
+        )
+    if arguments[0].ufl_function_space() != state.function_space:
+        raise UnsupportedForm("The test function of F lives in another space than the state; take ufl.TestFunction(state.function_space).")
+    return arguments[0]
