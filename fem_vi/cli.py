@@ -1,0 +1,36 @@
+"""The command `fem-vi`. What a command needs is imported when it runs, so that `fem-vi --help` is quick."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import typer
+
+app = typer.Typer(
+    name="fem-vi",
+    help="Variational inference for PDEs on meshes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+if find_spec("fem_vi.cli_mesh"):
+    app.add_typer(import_module("fem_vi.cli_mesh").app, name="mesh")
+
+
+@app.callback()
+def main() -> None:
+    """Variational inference for PDEs on meshes."""
+
+
+@app.command()
+def doctor() -> None:
+    """Print what this machine has, and one line for each thing that will hurt, with its remedy."""
+    from rich.console import Console
+
+    from fem_vi.doctor import look, problems, report
+
+    findings = look()
+    report(findings, Console(quiet=findings.rank > 0))
+    if any(problem.essential for problem in problems(findings)):
+        raise typer.Exit(1)
