@@ -1,0 +1,43 @@
+# Everything runs where FEniCSx is: in the current Python if it has it, otherwise in the private environment (container/run).
+# FENICSX=0.11 make ... uses the second environment.
+
+RUN := container/run
+PYTEST := python3 -P -m pytest
+MPI = $(RUN) timeout --kill-after=10 900 mpirun -n
+
+.PHONY: help demo test test-long test-1 test-2 test-3 test-demos lint bench doctor shell
+
+help:  ## this list
+	@sed -n 's/^\([a-z0-9-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | column -t -s :
+
+demo:  ## the aquifer: an unknown field, 60 wells, a posterior (a minute)
+	@$(RUN) python3 -P demos/demo_aquifer.py
+
+test: lint test-2 test-3 test-demos test-1  ## lint, tests on 1, 2 and 3 ranks, demos on 1 and 2
+
+lint:  ## ruff and mypy
+	@$(RUN) bash -c 'ruff check && ruff format --check && mypy'
+
+test-1:
+	@echo "Tests on 1 rank"
+	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) --ignore=tests/test_demos.py
+
+test-2 test-3: test-%:
+	@echo "Tests on $* ranks"
+	@$(MPI) $* $(PYTEST) -m "mpi and not long"
+
+test-demos:
+	@echo "Demos on 1 and 2 ranks"
+	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) tests/test_demos.py
+
+test-long:  ## the tests that take minutes
+	@$(RUN) timeout --kill-after=10 7200 $(PYTEST) -m long
+
+bench:  ## benchmarks, each against its floor
+	@$(RUN) $(PYTEST) tests/benchmarks --benchmark-only
+
+doctor:  ## what this machine has, and what will hurt
+	@$(RUN) fem-vi doctor
+
+shell:  ## a shell in the environment
+	@$(RUN) bash

@@ -1,0 +1,31 @@
+"""Each demo, as it is committed, on one rank and on two. A demo ends in assertions of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+DEMOS = sorted((REPOSITORY / "demos").glob("demo_*.py"))
+
+
+@pytest.mark.timeout(650)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("demo", DEMOS, ids=[demo.stem for demo in DEMOS])
+def test_demo(demo: Path, ranks: int, tmp_path: Path) -> None:
+    launch = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
+    # This process has initialised MPI, which leaves variables that mpirun would take for its own: os.environ has none of them.
+    done = subprocess.run(
+        [*launch, sys.executable, "-P", str(demo)],
+        cwd=REPOSITORY,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+        timeout=600,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
