@@ -1,0 +1,1 @@
+"""Priors, likelihoods, posterior families, objectives and their fitting, in torch alone."""

@@ -1,0 +1,92 @@
+"""How data scatter around predictions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fem_vi.errors import InvalidInput
+
+
+class GaussianNoise:
+    """Independent normal noise, y = prediction + N(0, std^2).
+
+    Args:
+        std: Noise standard deviation, in the unit of the data: one for all data, or one for each, `(num_data,)`, replicated.
+
+    Raises:
+        InvalidInput: Where `std` is not positive and finite, or has more than one axis.
+
+    MPI: Not collective; every tensor is replicated.
+
+    Example:
+        >>> GaussianNoise(std=0.01).log_prob(y, prediction)
+    """
+
+    def __init__(self, std: float | Tensor) -> None:
+        self.std = torch.as_tensor(std, dtype=torch.float64)
+        if self.std.ndim > 1:
+            raise InvalidInput(f"std has shape {tuple(self.std.shape)}; GaussianNoise takes a number or shape (num_data,).")
+        if not bool((torch.isfinite(self.std) & (self.std > 0)).all()):
+            raise InvalidInput("std must be positive and finite; a datum without noise is a constraint, not a likelihood.")
+
+    def __repr__(self) -> str:
+        return f"GaussianNoise(std={self.std.item()!r})" if self.std.ndim == 0 else f"GaussianNoise(std={len(self.std)} values)"
+
+    def check(self, y: Tensor) -> None:
+        """Say whether the noise fits the data.
+
+        Args:
+            y: Data, `(num_data,)`, replicated.
+
+        Raises:
+            InvalidInput: Where there are more or fewer standard deviations than data.
+        """
+        if self.std.ndim == 1 and self.std.shape != y.shape[-1:]:
+            raise InvalidInput(f"std has {len(self.std)} entries; y has {y.shape[-1]}. Give one number, or one for each datum.")
+
+    def standardise(self, y: Tensor, prediction: Tensor) -> Tensor:
+        """Residuals in units of the noise, `(y - prediction) / std`.
+
+        Args:
+            y: Data, `(num_data,)` or `(*batch, num_data)`.
+            prediction: `(*batch, num_data)`, replicated.
+
+        Returns:
+            `(*batch, num_data)`.
+
+        Raises:
+            InvalidInput: Where the last axes differ.
+        """
+        if prediction.ndim == 0 or y.ndim == 0 or prediction.shape[-1] != y.shape[-1]:
+            raise InvalidInput(
+                f"prediction has shape {tuple(prediction.shape)}; y has shape {tuple(y.shape)}: last axes must agree."
+            )
+        self.check(y)
+        return (y - prediction) / self.std
+
+    def log_prob(self, y: Tensor, prediction: Tensor) -> Tensor:
+        """Log p(y | prediction), summed over the data.
+
+        Args:
+            y: Data, `(num_data,)` or `(*batch, num_data)`, replicated.
+            prediction: `(*batch, num_data)`, replicated.
+
+        Returns:
+            `(*batch,)`, replicated.
+
+        Raises:
+            InvalidInput: Where the last axes differ.
+        """
+        z = self.standardise(y, prediction)
+        log_std = self.std.log().expand(y.shape[-1:])
+        return -0.5 * z.square().sum(-1) - log_std.sum() - 0.5 * y.shape[-1] * math.log(2.0 * math.pi)
+
+    def sample(self, prediction: Tensor) -> Tensor:
+        """Noisy data around `prediction`, `(*batch, num_data)`, from torch's generator.
+
+        MPI: Not collective; the ranks agree where their generators do (`torch.manual_seed` with one seed).
+        """
+        return prediction + self.std * torch.randn_like(prediction)

@@ -1,0 +1,163 @@
+"""An inverse problem: prior, forward map, likelihood and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fem_vi.bridge.layout import all_sum
+from fem_vi.errors import InvalidInput
+from fem_vi.parallel import raise_on_all
+from fem_vi.vi.prior import FieldPrior
+
+
+class Likelihood(Protocol):
+    """What an inverse problem needs of a likelihood; `GaussianNoise` is one."""
+
+    def check(self, y: Tensor) -> None:
+        """Raise `InvalidInput` where the likelihood cannot take these data."""
+
+    def log_prob(self, y: Tensor, prediction: Tensor) -> Tensor:
+        """Log p(y | prediction), `(*batch,)`."""
+
+    def standardise(self, y: Tensor, prediction: Tensor) -> Tensor:
+        """Residuals with mean zero and variance one under the model, `(*batch, num_data)`."""
+
+    def sample(self, prediction: Tensor) -> Tensor:
+        """Data around a prediction, `(*batch, num_data)`."""
+
+
+@dataclass
+class Cost:
+    """What a problem has cost so far: samples pushed through the forward map, and gradients pulled back.
+
+    Attributes:
+        forward: Samples solved forward.
+        backward: Samples solved backward (adjoints).
+    """
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def solves(self) -> int:
+        """Forward and backward solves together."""
+        return self.forward + self.backward
+
+
+class InverseProblem:
+    """Which m, drawn from the prior, explain the data y = forward(m) + noise?
+
+        log p(y, m) = log p(y | forward(m)) + log p(m)
+
+    Args:
+        prior: Prior of m: `MaternField` on a mesh, `GaussianVector` for a handful of parameters.
+        forward: Predicted data, m `(*batch, n_owned)` to `(*batch, num_data)`, differentiable and replicated.
+        likelihood: How data scatter around predictions, `GaussianNoise` for example.
+        y: Data, `(num_data,)`, replicated.
+
+    Attributes:
+        cost: Samples solved so far; a running count.
+
+    Raises:
+        InvalidInput: Where y is not a finite vector, differs between ranks, or does not fit the likelihood.
+
+    MPI: Collective.
+
+    Example:
+        >>> problem = InverseProblem(prior, lambda m: observe(solve(m)), GaussianNoise(0.01), y)
+    """
+
+    def __init__(self, prior: FieldPrior, forward: Callable[[Tensor], Tensor], likelihood: Likelihood, y: Tensor) -> None:
+        self.prior = prior
+        self.forward = forward
+        self.likelihood = likelihood
+        self.y = _checked_data(prior, likelihood, y)
+        self.cost = Cost()
+
+    def predict(self, m: Tensor) -> Tensor:
+        """Predicted data without noise.
+
+        Args:
+            m: Unknowns, `(*batch, n_owned)`.
+
+        Returns:
+            `(*batch, num_data)`, replicated.
+
+        Raises:
+            InvalidInput: Where m or what the forward map returned has the wrong shape.
+
+        MPI: Collective.
+        """
+        n_owned = self.prior.event_shape[0]
+        with raise_on_all(self.prior.comm):
+            if m.ndim == 0 or m.shape[-1] != n_owned:
+                raise InvalidInput(f"m has shape {tuple(m.shape)}; its last axis must have the prior's {n_owned} entries.")
+        prediction = self.forward(m)
+        expected = (*m.shape[:-1], *self.y.shape)
+        with raise_on_all(self.prior.comm):
+            if prediction.shape != expected:
+                raise InvalidInput(
+                    f"forward took m of shape {tuple(m.shape)} and returned shape {tuple(prediction.shape)}; with {len(self.y)} "
+                    f"data it must be {expected}. Does it end in an observation, and keep the batch axes?"
+                )
+        self._count(prediction)
+        return prediction
+
+    def _count(self, prediction: Tensor) -> None:
+        samples = prediction[..., 0].numel()
+        self.cost.forward += samples
+        if prediction.requires_grad:
+            cost = self.cost
+
+            def count_backward(_: Tensor) -> None:
+                cost.backward += samples
+
+            prediction.register_hook(count_backward)
+
+    def log_likelihood(self, m: Tensor) -> Tensor:
+        """Log p(y | forward(m)).
+
+        Args:
+            m: Unknowns, `(*batch, n_owned)`.
+
+        Returns:
+            `(*batch,)`, replicated.
+
+        MPI: Collective.
+        """
+        return self.likelihood.log_prob(self.y, self.predict(m))
+
+    def log_joint(self, m: Tensor) -> Tensor:
+        """Log p(y, m), the posterior's log density up to the evidence; `(*batch, n_owned)` to `(*batch,)`, replicated.
+
+        MPI: Collective.
+        """
+        return self.log_likelihood(m) + self.prior.log_prob(m)
+
+
+def _checked_data(prior: FieldPrior, likelihood: Likelihood, y: Tensor) -> Tensor:
+    comm = prior.comm
+    with raise_on_all(comm):
+        y = torch.as_tensor(y).detach().to(torch.float64)
+        if y.ndim != 1 or len(y) == 0:
+            raise InvalidInput(f"y has shape {tuple(y.shape)}; an inverse problem takes data as one vector, (num_data,).")
+        if not bool(torch.isfinite(y).all()):
+            bad = torch.nonzero(~torch.isfinite(y)).flatten().tolist()
+            raise InvalidInput(f"y is not finite at {bad[:10]} ({len(bad)} of {len(y)} data). Leave missing data out.")
+        likelihood.check(y)
+    counts = all_sum(torch.nn.functional.one_hot(torch.tensor(comm.rank), comm.size) * len(y), comm)
+    if not bool((counts == counts[0]).all()):
+        raise InvalidInput(f"y has {counts.tolist()} entries on ranks 0 to {comm.size - 1}; data must be the same on all ranks.")
+    first = all_sum(y if comm.rank == 0 else torch.zeros_like(y), comm)
+    with raise_on_all(comm):
+        if not torch.equal(first, y):
+            raise InvalidInput(
+                f"y on rank {comm.rank} differs from rank 0 (largest difference {float((first - y).abs().max()):.3g}). "
+                "Read or make the data with one seed on all ranks, or broadcast them."
+            )
+    return y
