@@ -8,7 +8,7 @@ MPI = $(RUN) timeout --kill-after=10 900 mpirun -n
 .PHONY: help demo test test-long test-1 test-2 test-3 test-demos lint bench doctor shell
 
 help:  ## this list
-	@sed -n 's/^\([a-z0-9-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | column -t -s :
+	@awk -F ':.*## ' '/^[a-z-]+:.*##/ { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo:  ## the aquifer: an unknown field, 60 wells, a posterior (a minute)
 	@$(RUN) python3 -P demos/demo_aquifer.py
