@@ -1,7 +1,7 @@
 # Where the private FEniCSx environment lies, and how to enter it. Sourced by container/run and container/build.
 #
 # An environment has two layers, each a folder in the cache whose name carries a hash of all that defines it:
-#   root-<suite>-<hash>    a Debian root file system, made from packages.txt by build
+#   root-<suite>-<hash>    a Debian root file system, made by build with the packages of packages.txt
 #   python-<suite>-<hash>  a virtual environment over it, made from pyproject.toml by install-python, seen as /opt/fem_vi
 # shellcheck shell=bash
 
@@ -33,7 +33,23 @@ hash_of() {
   echo "${sum:0:12}"
 }
 
-root_key=$({ echo "$suite $HOSTTYPE"; cat "$container/packages.txt" "$container/build"; } | hash_of)
+# All that defines the root file system: mmdebstrap's options, a line each.
+recipe() {
+  local line packages=
+  while read -r line; do
+    line=${line%%#*}
+    if [[ $line ]]; then packages+=,${line%% *}; fi
+  done <"$container/packages.txt"
+  echo "--variant=minbase"
+  echo "--include=${packages#,}"
+  echo "--dpkgopt=force-unsafe-io"
+  echo "--dpkgopt=path-exclude=/usr/share/man/*"
+  echo "--dpkgopt=path-exclude=/usr/share/locale/*"
+  # Debian sid's index says that it expires within days, and mirrors and caches lag.
+  if [[ $suite == sid ]]; then echo '--aptopt=Acquire::Check-Valid-Until "false"'; fi
+}
+
+root_key=$({ echo "$suite $HOSTTYPE"; recipe; } | hash_of)
 python_key=$({ echo "$root_key"; cat "$container/install-python"
   sed -n '/^dependencies/,/^\[tool/p' "$checkout/pyproject.toml"; } | hash_of)
 # shellcheck disable=SC2034
