@@ -69,6 +69,9 @@ def broken_rules(module: str, source: str) -> list[str]:
         raw = [node for node in names if ast.unparse(node).startswith("MPI.") and ast.unparse(node) not in MPI_NAMES]
         raw += [node for node in names if node.attr in MPI_CALLS | {name.capitalize() for name in MPI_CALLS}]
         broken += [f"{module}:{node.lineno} calls mpi4py ({ast.unparse(node)}); use fem_vi.parallel" for node in raw]
+    if not module.startswith(("cli", "doctor")):
+        worlds = [node for node in nodes if "COMM_WORLD" in (getattr(node, "attr", ""), getattr(node, "name", ""))]
+        broken += [f"{module}:{node.lineno} uses COMM_WORLD; take a communicator from the mesh or the caller" for node in worlds]
     if not module.startswith("cli"):
         calls = [node for node in nodes if isinstance(node, ast.Call)]
         broken += [f"{module}:{call.lineno} prints" for call in calls if ast.unparse(call.func) == "print"]
@@ -88,6 +91,8 @@ def test_module_keeps_the_rules(path: Path) -> None:
         ("pde/state.py", "from fem_vi.bridge import layout"),
         ("pde/state.py", "from ..bridge.layout import gather"),
         ("pde/state.py", "from mpi4py import MPI\ncomm = MPI.COMM_WORLD"),
+        ("pde/mesh.py", "from mpi4py.MPI import COMM_WORLD"),
+        ("pde/mesh.py", "comm = MPI.COMM_WORLD"),
         ("pde/state.py", "total = mesh.comm.allreduce(1)"),
         ("pde/state.py", "mesh.comm.Allreduce(a, b)"),
         ("vi/fit.py", "from petsc4py import PETSc"),
