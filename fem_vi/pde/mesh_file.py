@@ -1,4 +1,4 @@
-"""Reading and writing mesh files of any format on one rank.
+"""Reading mesh files of any format on one rank.
 
 Where tags come from, in formats that have no word for them (everything but gmsh's .msh):
 
@@ -29,7 +29,7 @@ from fem_vi.errors import MeshError
 from fem_vi.pde import mesh_cells
 from fem_vi.pde.gmsh_file import read_gmsh
 from fem_vi.pde.mesh_cells import Index
-from fem_vi.pde.mesh_content import UNTAGGED, Block, MeshContent, create_block
+from fem_vi.pde.mesh_content import UNTAGGED, MeshContent, create_block
 from fem_vi.pde.xdmf_file import read_xdmf
 
 _TAG_DATA = re.compile(r"gmsh:physical|medit:ref|cell_tags|\w+:(ref|tag|material|group|index|zone_id)")
@@ -53,7 +53,7 @@ def check_extension(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[io.StringIO]:
+def quiet() -> Iterator[io.StringIO]:
     """Keep what meshio prints, and turn its exits into exceptions."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -188,7 +188,7 @@ def read_content(path: Path) -> MeshContent:
                 return read_gmsh(path, data)
         if path.suffix.lower() in (".xdmf", ".xmf") and (content := read_xdmf(path)) is not None:
             return content
-        with _quiet():
+        with quiet():
             return _from_meshio(path, meshio.read(path))
     except MeshError as error:
         raise MeshError(f"{path}: {error}") from error
@@ -197,93 +197,3 @@ def read_content(path: Path) -> MeshContent:
     except Exception as error:  # meshio lets through whatever its readers stumble on
         cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise MeshError(f"{path}: it is damaged, truncated, or not a mesh of the kind its extension says ({cause}).") from error
-
-
-def _merged(blocks: tuple[Block, ...]) -> list[Block]:
-    """One block for each kind of cell: some formats cannot have two."""
-    kinds: dict[tuple[str, int], list[Block]] = {}
-    for block in blocks:
-        kinds.setdefault((block.shape, block.nodes.shape[1]), []).append(block)
-    return [
-        Block(shape, np.concatenate([b.nodes for b in group]), np.concatenate([b.tags for b in group]))
-        for (shape, _), group in kinds.items()
-    ]
-
-
-def _to_meshio(block: Block) -> tuple[str, Index]:
-    order = mesh_cells.from_vtk(block.shape, block.nodes.shape[1])
-    assert order is not None
-    return mesh_cells.meshio_name(block.shape, block.nodes.shape[1]), block.nodes[:, np.argsort(order)]
-
-
-def _add_families(mesh: Any, blocks: list[Block], names: tuple[tuple[str, int, int], ...]) -> None:
-    """MED: a negative number for each tag, of any dimension, and the names that belong to it."""
-    known = {(dim, tag): name for name, dim, tag in names}
-    mesh.cell_tags, mesh.cell_data["cell_tags"] = {}, [np.zeros(len(block.nodes), dtype=np.int32) for block in blocks]
-    for block, families in zip(blocks, mesh.cell_data["cell_tags"], strict=True):
-        for tag in np.unique(block.tags[block.tags != UNTAGGED]):
-            number = -1 - len(mesh.cell_tags)
-            mesh.cell_tags[number] = [known.get((block.dim, int(tag)), f"tag_{tag}")]
-            families[block.tags == tag] = number
-
-
-def _add_sets(mesh: Any, blocks: list[Block], names: tuple[tuple[str, int, int], ...]) -> None:
-    """Abaqus: a set of elements for each name."""
-    for name, dim, tag in names:
-        mesh.cell_sets[name] = [np.flatnonzero((block.tags == tag) & (block.dim == dim)) for block in blocks]
-
-
-def _meshio_mesh(content: MeshContent, suffix: str) -> Any:
-    """The mesh, with tags and names where this format keeps them."""
-    blocks = _merged(content.blocks)
-    mesh = meshio.Mesh(content.points, [_to_meshio(block) for block in blocks])
-    if suffix == ".med":
-        _add_families(mesh, blocks, content.names)
-    elif suffix == ".inp":
-        _add_sets(mesh, blocks, content.names)
-    elif any(np.any(block.tags != UNTAGGED) for block in blocks):
-        tags = [np.where(block.tags == UNTAGGED, 0, block.tags).astype(np.int32) for block in blocks]
-        mesh.cell_data[{".msh": "gmsh:physical", ".mesh": "medit:ref"}.get(suffix, "cell_tags")] = tags
-        if suffix == ".msh":
-            mesh.cell_data["gmsh:geometrical"] = tags
-        mesh.field_data = {name: np.array([tag, dim]) for name, dim, tag in content.names}
-    return mesh
-
-
-_OPTIONS: dict[str, dict[str, Any]] = {
-    ".msh": {"file_format": "gmsh22", "binary": False},
-    ".xdmf": {"data_format": "XML"},  # one file: a second one would keep the temporary name
-}
-
-
-def write_content(content: MeshContent, path: Path) -> tuple[str, ...]:
-    """Write a mesh in the format that the extension says, tags and names included.
-
-    Args:
-        content: What to write.
-        path: File to write; replaced where it exists, and never left half written.
-
-    Returns:
-        What the format could not hold.
-
-    Raises:
-        MeshError: Where the format cannot hold such cells, or the file cannot be written.
-
-    MPI: Not collective.
-    """
-    check_extension(path)
-    suffix = path.suffix.lower()
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        with _quiet():
-            meshio.write(temporary, _meshio_mesh(content, suffix), **_OPTIONS.get(suffix, {}))
-        temporary.replace(path)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise MeshError(f"{path}: it cannot be written ({type(error).__name__}: {error}).") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    if content.names and suffix not in (".msh", ".xdmf", ".med", ".inp"):
-        return (f"{suffix} holds no names; they were " + ", ".join(f"{name} = {tag}" for name, _, tag in content.names),)
-    return ()
