@@ -73,7 +73,7 @@ class Affine:
         return torch.eye(len(self.prior.mean), dtype=F64) + J.T @ J
 
     def log_evidence(self) -> float:
-        """log N(y; A mean + b, A C0 A' + std^2)."""
+        """Log N(y; A mean + b, A C0 A' + std^2)."""
         covariance = self.A @ self.prior.covariance @ self.A.T + self.std**2 * torch.eye(len(self.y), dtype=F64)
         return float(MultivariateNormal(self.A @ self.prior.mean + self.b, covariance).log_prob(self.y))
 
@@ -140,7 +140,7 @@ class SplitGaussian(Distribution):
     def whitening_logdet(self) -> Tensor:
         return self.global_std.log().sum()
 
-    def white_noise(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def white_noise(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         key = shared_seed(self.comm, int(torch.randint(2**62, ())))
         generator = torch.Generator().manual_seed(key)
         return torch.randn((*sample_shape, self.num_global), dtype=F64, generator=generator)[..., self.first : self.last]
@@ -151,7 +151,7 @@ class SplitGaussian(Distribution):
     def whiten(self, m: Tensor) -> Tensor:
         return (m - 0.5) / self.std
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         return self.unwhiten(self.white_noise(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:

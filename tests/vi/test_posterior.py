@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.vi.helpers import F64, FAMILIES, FIELD_FAMILIES, Affine, dense, numbers, perturb, split_pair, with_noise
 from torch.distributions import kl_divergence
 
 from fem_vi.errors import InvalidInput
@@ -12,6 +11,7 @@ from fem_vi.vi.posterior import whitened
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.low_rank import FreeDiagonal, LowRankNormal
 from fem_vi.vi.prior import GaussianVector
+from tests.vi.helpers import F64, FAMILIES, FIELD_FAMILIES, Affine, dense, numbers, perturb, split_pair, with_noise
 
 family = pytest.mark.parametrize("name", FAMILIES)
 field_family = pytest.mark.parametrize("name", FIELD_FAMILIES)

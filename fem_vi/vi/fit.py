@@ -1,0 +1,253 @@
+"""Fitting a posterior: the optimisation loop, its run folder, and how it goes on after an interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fem_vi.errors import FemViError, InvalidInput, RunFolderError
+from fem_vi.output import (
+    HistoryFile,
+    create_run_folder,
+    newest_sound_step,
+    read_checkpoint,
+    read_json,
+    write_checkpoint,
+    write_json,
+    write_tensors,
+)
+from fem_vi.parallel import agree_on_error, raise_on_all, shared_seed
+from fem_vi.vi.objective import Objective, Terms
+from fem_vi.vi.optimizer import Adam, Constant, Cosine, OptimizerFactory, set_learning_rate
+from fem_vi.vi.problem import Cost, InverseProblem
+from fem_vi.vi.progress import progress_bar
+from fem_vi.vi.randomness import private_generator
+from fem_vi.vi.run import COLUMNS, Row, Run, describe_problem, describe_versions, name_of, rows_of
+from fem_vi.vi.session import Session, make_checkpoint, take_checkpoint
+from fem_vi.vi.start import GaussNewton, PresentParameters, default_start
+from fem_vi.vi.state import gather_parameters, is_field
+
+
+class NotFinite(FemViError, ArithmeticError):
+    """A loss or gradient is infinite or not a number."""
+
+
+def fit(
+    problem: InverseProblem,
+    posterior: nn.Module,
+    objective: Objective,
+    *,
+    steps: int,
+    path: str | Path | None = None,
+    resume: bool = False,
+    optimizer: OptimizerFactory = Adam(),  # noqa: B008 - frozen
+    schedule: Callable[[float], float] | Cosine | Constant = Cosine(),  # noqa: B008 - frozen
+    start: GaussNewton | PresentParameters | None = None,
+    seed: int = 0,
+    checkpoint_every: int = 50,
+    callbacks: Sequence[Callable[[Row], None]] = (),
+) -> Run:
+    """Fit a posterior to an inverse problem by stochastic gradients.
+
+    With a path, the run folder holds config.json, history.csv, checkpoints, the fitted parameters as safetensors and the
+    mean and standard deviation as fields. A fit that was killed goes on with `resume=True` from its newest sound checkpoint,
+    and on the same number of ranks gives the same numbers, bit for bit, as one that was not.
+
+    Args:
+        problem: Prior, forward map, likelihood, data.
+        posterior: Module whose `forward()` is a distribution; changed in place.
+        objective: `ELBO(samples=8)`, for example.
+        steps: Steps of the whole run; with `resume`, including those done before.
+        path: Run folder to write, or None. The same for all ranks.
+        resume: Go on with the run in `path`, where there is one.
+        optimizer: Makes a torch optimiser from parameters; for fields an elementwise one (Adam, SGD, RMSprop).
+        schedule: Factor on the learning rate after a fraction of the steps.
+        start: `GaussNewton()` or `PresentParameters()`; None takes the first for a new posterior with at most 1,000 data.
+        seed: Of the samples; rank 0's counts. The state of torch's generator is left as it was found.
+        checkpoint_every: Steps between checkpoints.
+        callbacks: Called with each row of the history, on every rank.
+
+    Returns:
+        The fitted module, its history and cost.
+
+    Raises:
+        InvalidInput: Where `steps` or `checkpoint_every` is not positive.
+        NotFinite: Where the loss or its gradient stops being finite.
+        RunFolderError: Where `path` holds something else, or its checkpoints cannot be trusted.
+
+    MPI: Collective. Rank 0 writes; `path` must be on a file system that all ranks see.
+    """
+    comm = problem.prior.comm
+    with raise_on_all(comm):
+        if steps < 1 or checkpoint_every < 1:
+            raise InvalidInput(f"steps is {steps} and checkpoint_every is {checkpoint_every}; both must be at least 1.")
+    seed = shared_seed(comm, seed)
+    folder = None if path is None else Path(path)
+    with private_generator(seed):
+        session = Session(problem, posterior, objective, optimizer(posterior.parameters()), schedule, steps)
+        session.continue_from(Cost(), 0.0)
+        begin = default_start(problem, posterior) if start is None else start
+        choices = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
+        config = _describe(session, choices, seed)
+        if folder is None or not _restore(session, folder, config, resume):
+            begin(problem, posterior)
+        _loop(session, folder, checkpoint_every, callbacks)
+        if folder is not None:
+            _write_results(session, folder)
+    return Run(posterior, tuple(session.history), config, session.cost(), folder)
+
+
+def _describe(session: Session, choices: Mapping[str, object], seed: int) -> dict[str, Any]:
+    """The content of config.json. Collective."""
+    posterior, prior = session.posterior, session.problem.prior
+    shapes = {name: list(value.shape) for name, value in gather_parameters(posterior, prior).items()}
+    return {
+        **{name: name_of(choice) for name, choice in choices.items()},
+        "steps": session.steps,
+        "seed": seed,
+        "ranks": prior.comm.size,
+        "versions": describe_versions(),
+        "problem": describe_problem(session.problem),
+        "posterior": {"family": type(posterior).__name__, "parameters": shapes},
+    }
+
+
+def _restore(session: Session, folder: Path, config: dict[str, Any], resume: bool) -> bool:
+    """Make the run folder, or take the state of the run that is in it. True where a checkpoint was taken. Collective."""
+    comm = session.problem.prior.comm
+    step = -1
+    with raise_on_all(comm):
+        if comm.rank == 0:
+            if resume and (folder / "config.json").exists():
+                _check_same_run(read_json(folder / "config.json"), config, folder)
+                newest = newest_sound_step(folder)
+                step = -1 if newest is None else newest
+                if step > session.steps:
+                    raise RunFolderError(f"{folder} is at step {step} already; steps is {session.steps}.")
+            else:
+                create_run_folder(folder)
+            write_json(folder / "config.json", config)
+    step = shared_seed(comm, step)
+    if step < 0:
+        return False
+    with raise_on_all(comm):
+        checkpoint = read_checkpoint(folder, step)
+        session.history = rows_of(folder, step)
+    take_checkpoint(session, checkpoint)
+    return True
+
+
+def _check_same_run(stored: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+    for name in ("objective", "optimizer", "schedule", "start", "seed", "problem", "posterior"):
+        if stored.get(name) != config[name]:
+            raise RunFolderError(
+                f"{folder} holds a run with {name} {stored.get(name)}; this one has {config[name]}. "
+                "Give fit what that run was started with, or another path."
+            )
+
+
+def _loop(session: Session, folder: Path | None, checkpoint_every: int, callbacks: Sequence[Callable[[Row], None]]) -> None:
+    """Take the steps that are left, on disk as they come. Collective."""
+    comm = session.problem.prior.comm
+    file: HistoryFile | None = None
+    with raise_on_all(comm):
+        if folder is not None and comm.rank == 0:
+            file = HistoryFile(folder / "history.csv", COLUMNS, [row.values() for row in session.history])
+    try:
+        with progress_bar(session.steps, done=session.step, show=comm.rank == 0) as show:
+            while session.step < session.steps:
+                row = _take_step(session)
+                session.history.append(row)
+                with raise_on_all(comm):
+                    if file is not None:
+                        file.append(row.values())
+                show(row)
+                for callback in callbacks:
+                    callback(row)
+                if folder is not None and (session.step % checkpoint_every == 0 or session.step == session.steps):
+                    _save(session, folder, file)
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _save(session: Session, folder: Path, file: HistoryFile | None) -> None:
+    """Write a checkpoint, after the rows of the history that lead to it. Collective."""
+    checkpoint = make_checkpoint(session)
+    with raise_on_all(session.problem.prior.comm):
+        if file is not None:
+            file.sync()
+            write_checkpoint(folder, checkpoint)
+
+
+def _take_step(session: Session) -> Row:
+    """Evaluate the objective, and move the parameters. Collective."""
+    set_learning_rate(session.optimizer, session.schedule(session.step / session.steps))
+    session.optimizer.zero_grad()
+    terms = session.objective(session.problem, session.posterior)
+    _check_finite(session, terms)
+    terms.loss.backward()  # type: ignore[no-untyped-call]
+    norm = _grad_norm(session)
+    session.optimizer.step()
+    session.step += 1
+    elbo, kl, misfit = float(terms.elbo), float(terms.kl), float(terms.misfit)
+    seconds = time.monotonic() - session.began
+    return Row(session.step, elbo, kl, misfit, norm, session.cost().solves, seconds)
+
+
+def _check_finite(session: Session, terms: Terms) -> None:
+    """Raise on all ranks where the loss is not a finite number."""
+    error: NotFinite | None = None
+    if not bool(torch.isfinite(terms.loss)):
+        parts = {"log p(y | m)": terms.log_likelihood, "log q(m) - log p(m)": terms.log_ratio, "KL": terms.kl[None]}
+        bad = {name: int((~torch.isfinite(value)).sum()) for name, value in parts.items()}
+        causes = [f"{name} ({count} of {len(parts[name])})" for name, count in bad.items() if count] or ["the loss alone"]
+        error = NotFinite(
+            f"step {session.step + 1}: the loss is {float(terms.loss.detach())}; not finite: {', '.join(causes)}. "
+            "Lower the learning rate, or check the forward map at samples of the prior."
+        )
+    agree_on_error(session.problem.prior.comm, error)
+
+
+def _grad_norm(session: Session) -> float:
+    """Norm of the gradient over all parameters on all ranks, checked. Collective."""
+    prior = session.problem.prior
+    named = [(name, value.grad) for name, value in session.posterior.named_parameters() if value.grad is not None]
+    zero = torch.zeros((), dtype=torch.float64)
+    owned = sum((g.square().sum() for name, g in named if is_field(session.posterior, name)), zero)
+    shared = sum((g.square().sum() for name, g in named if not is_field(session.posterior, name)), zero)
+    norm = float((prior.all_sum(owned) + shared).sqrt())
+    error = None
+    if not norm < float("inf"):
+        bad = [name for name, g in named if not bool(torch.isfinite(g).all())]
+        error = NotFinite(
+            f"step {session.step + 1}: the loss is finite, its gradient is not, in {', '.join(bad) or 'another part'}. "
+            "Does the forward map have a singular derivative (a root or logarithm at zero)?"
+        )
+    agree_on_error(prior.comm, error)
+    return norm
+
+
+@torch.no_grad()
+def _write_results(session: Session, folder: Path) -> None:
+    """The fitted parameters, and the mean and standard deviation as fields. Collective."""
+    prior, posterior = session.problem.prior, session.posterior
+    parameters = gather_parameters(posterior, prior)
+    with raise_on_all(prior.comm):
+        if prior.comm.rank == 0:
+            about = {"family": type(posterior).__name__, "step": session.step}
+            write_tensors(folder / "posterior.safetensors", parameters, about)
+    write_fields = getattr(prior, "write_fields", None)
+    if write_fields is None:
+        return
+    q = posterior()
+    try:
+        moments = {"mean": q.mean, "sd": q.variance.sqrt()}
+    except NotImplementedError:
+        return
+    write_fields(folder / "fields", moments)

@@ -1,0 +1,367 @@
+"""Fitting: exact answers, the run folder, interruptions, and the same numbers on any number of ranks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from fem_vi import output
+from fem_vi.errors import InvalidInput, RunFolderError
+from fem_vi.vi.fit import NotFinite, fit
+from fem_vi.vi.likelihood import GaussianNoise
+from fem_vi.vi.objective import ELBO
+from fem_vi.vi.optimizer import Adam, Constant, Cosine
+from fem_vi.vi.posterior.full_rank import FullRankNormal
+from fem_vi.vi.posterior.low_rank import LowRankNormal
+from fem_vi.vi.posterior.mean_field import MeanFieldNormal
+from fem_vi.vi.prior import GaussianVector
+from fem_vi.vi.problem import InverseProblem
+from fem_vi.vi.run import COLUMNS
+from fem_vi.vi.start import GaussNewton, PresentParameters
+from tests.vi.helpers import F64, FAMILIES, FIELD_FAMILIES, Affine, split_pair
+
+
+def numbers_of(run):
+    """The history without its clock."""
+    return [(row.step, row.elbo, row.kl, row.misfit, row.grad_norm, row.solves) for row in run.history]
+
+
+def low_rank(prior, rank=2):
+    torch.manual_seed(7)
+    return LowRankNormal(prior, rank)
+
+
+class Interrupt:
+    """Stops a fit like Ctrl-C, on all ranks, after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, row) -> None:
+        if row.step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("name", "steps"), [("full-rank", 700), ("low-rank", 1500)])
+def test_finds_the_exact_posterior_from_the_prior(name, steps):
+    # From the prior by gradients alone, without the linearised start.
+    affine = Affine.create()
+    run = fit(
+        affine.problem(),
+        FullRankNormal(affine.prior) if name == "full-rank" else low_rank(affine.prior, 3),
+        ELBO(samples=8),
+        steps=steps,
+        optimizer=Adam(lr=0.2, eps=1e-8),
+        start=PresentParameters(),
+    )
+    q, exact = run.posterior(), affine.posterior()
+    torch.testing.assert_close(q.mean, exact.mean, rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(q.variance, exact.variance, rtol=5e-3, atol=5e-3)
+    assert abs(run.history[-1].elbo - affine.log_evidence()) < 5e-3
+
+
+def test_stays_at_the_exact_posterior():
+    affine = Affine.create()
+    run = fit(affine.problem(), LowRankNormal(affine.prior, 3), ELBO(samples=2), steps=50)
+    assert all(abs(row.elbo - affine.log_evidence()) < 1e-6 for row in run.history)
+    torch.testing.assert_close(run.posterior().variance, affine.posterior().variance)
+
+
+def test_mean_field_from_the_prior():
+    affine = Affine.create()
+    run = fit(
+        affine.problem(),
+        MeanFieldNormal(affine.prior),
+        ELBO(samples=64),
+        steps=800,
+        optimizer=Adam(lr=0.05),
+        schedule=Cosine(final=1e-4),
+        start=PresentParameters(),
+    )
+    variance = (2 * run.posterior.log_scale).exp().detach()
+    # The noise of the last gradients is left: measured 0.5 %.
+    torch.testing.assert_close(variance, 1 / affine.whitened_precision().diagonal(), rtol=0.03, atol=0.0)
+    torch.testing.assert_close(run.posterior().mean.detach(), affine.posterior().mean, rtol=0.0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_seed_same_numbers_and_the_callers_generator_untouched(name):
+    affine = Affine.create()
+    runs = []
+    for user_seed in (1, 2):
+        torch.manual_seed(7)
+        posterior = FAMILIES[name](affine.prior)
+        torch.manual_seed(user_seed)
+        state = torch.get_rng_state()
+        runs.append(fit(affine.problem(), posterior, ELBO(samples=3), steps=6, seed=4))
+        assert torch.equal(state, torch.get_rng_state())
+    assert numbers_of(runs[0]) == numbers_of(runs[1])
+
+
+def test_counts_what_it_costs():
+    affine = Affine.create()
+    problem = affine.problem()
+    problem.cost.forward = 1000  # spent before, by somebody else
+    run = fit(problem, low_rank(affine.prior), ELBO(samples=3), steps=4, start=PresentParameters())
+    assert (run.cost.forward, run.cost.backward) == (12, 12)
+    assert [row.solves for row in run.history] == [6, 12, 18, 24]
+    assert [row.step for row in run.history] == [1, 2, 3, 4]
+
+
+def test_run_folder(tmp_path):
+    affine = Affine.create()
+    posterior = low_rank(affine.prior)
+    run = fit(affine.problem(), posterior, ELBO(samples=3), steps=5, path=tmp_path / "a" / "run", checkpoint_every=2)
+    folder = tmp_path / "a" / "run"
+    with (folder / "history.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert [tuple(row) for row in rows[1:]] == [row.values() for row in run.history]
+    assert float(rows[3][1]) == run.history[2].elbo
+    config = json.loads((folder / "config.json").read_text())
+    assert config["objective"] == "ELBO(samples=3, gradient=PathDerivative())"
+    assert config["posterior"] == {"family": "LowRankNormal", "parameters": {"U": [2, 5], "mu": [5]}}
+    assert (config["steps"], config["seed"], config["ranks"]) == (5, 0, 1)
+    assert config["versions"]["torch"] == torch.__version__
+    assert config == run.config
+    tensors, about = output.read_tensors(folder / "posterior.safetensors")
+    assert about["family"] == "LowRankNormal"
+    assert torch.equal(tensors["mu"], posterior.mu.detach())
+    names = {file.name for file in folder.rglob("*") if file.is_file()}
+    checkpoints = {f"step-0000000{k}.{kind}" for k in (4, 5) for kind in ("json", "safetensors")}
+    assert names == checkpoints | {"config.json", "history.csv", "posterior.json", "posterior.safetensors"}
+
+
+def test_fields_are_written_where_the_prior_can(tmp_path):
+    affine = Affine.create()
+    written = {}
+    affine.prior.write_fields = lambda folder, fields: written.update({"folder": folder, **fields})
+    run = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=1, path=tmp_path / "run")
+    assert written["folder"] == tmp_path / "run" / "fields"
+    torch.testing.assert_close(written["sd"], run.posterior().variance.sqrt().detach())
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("stop", [3, 6])
+def test_resume_gives_the_same_bits(tmp_path, stop):
+    split, _ = split_pair()
+    arguments = {"objective": ELBO(samples=2), "steps": 9, "checkpoint_every": 2, "seed": 3}
+    whole = fit(split, low_rank(split.prior), path=tmp_path / "whole", **arguments)
+    again, _ = split_pair()
+    with pytest.raises(KeyboardInterrupt):
+        fit(again, low_rank(again.prior), path=tmp_path / "cut", callbacks=[Interrupt(stop)], **arguments)
+    MPI.COMM_WORLD.barrier()
+    fresh, _ = split_pair()
+    resumed = fit(fresh, low_rank(fresh.prior), path=tmp_path / "cut", resume=True, **arguments)
+    assert numbers_of(resumed) == numbers_of(whole)
+    assert torch.equal(resumed.posterior.U, whole.posterior.U)
+    assert resumed.cost == whole.cost
+    if MPI.COMM_WORLD.rank == 0:
+        rows = (tmp_path / "cut" / "history.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in rows[1:]] == [str(step) for step in range(1, 10)]
+
+
+@pytest.mark.mpi
+def test_resume_of_nothing_and_of_a_finished_run(tmp_path):
+    split, _ = split_pair()
+    arguments = {"objective": ELBO(samples=2), "steps": 3, "path": tmp_path / "run", "resume": True}
+    first = fit(split, low_rank(split.prior), **arguments)
+    second = fit(split, low_rank(split.prior), **arguments)
+    assert numbers_of(first) == numbers_of(second)
+    assert torch.equal(first.posterior.mu, second.posterior.mu)
+    longer = fit(split, low_rank(split.prior), **{**arguments, "steps": 5})
+    assert numbers_of(longer)[:3] == numbers_of(first)
+    assert len(longer.history) == 5
+
+
+def test_killed_process_leaves_a_run_that_goes_on(tmp_path):
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.vi.test_fit import *
+affine = Affine.create()
+def kill(row):
+    if row.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=8, path={str(tmp_path / "run")!r}, checkpoint_every=2,
+    callbacks=[kill])
+"""
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    affine = Affine.create()
+    run = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=8, path=tmp_path / "run", resume=True)
+    whole = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=8)
+    assert numbers_of(run) == numbers_of(whole)
+
+
+def damaged_run(folder):
+    affine = Affine.create()
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            affine.problem(),
+            low_rank(affine.prior),
+            ELBO(samples=2),
+            steps=9,
+            path=folder,
+            checkpoint_every=2,
+            callbacks=[Interrupt(7)],
+        )
+    return affine
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no tensors", "json"])
+def test_corrupt_newest_checkpoint_falls_back(tmp_path, damage):
+    affine = damaged_run(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006.safetensors"
+    if damage == "flip":
+        content = bytearray(newest.read_bytes())
+        content[-1] ^= 1
+        newest.write_bytes(bytes(content))
+    elif damage == "truncate":
+        newest.write_bytes(newest.read_bytes()[:100])
+    elif damage == "no tensors":
+        newest.unlink()
+    else:
+        newest.with_suffix(".json").write_text('{"step": 6, "numb')
+    with pytest.warns(UserWarning, match="step-00000006.*older checkpoint"):
+        run = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=9, path=tmp_path / "run", resume=True)
+    whole = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=9)
+    assert numbers_of(run) == numbers_of(whole)
+
+
+def test_no_sound_checkpoint_is_an_error(tmp_path):
+    affine = damaged_run(tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints").glob("*.safetensors"):
+        file.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(RunFolderError, match="can be trusted"):
+        fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=9, path=tmp_path / "run", resume=True)
+
+
+def test_torn_last_row_of_the_history(tmp_path):
+    affine = damaged_run(tmp_path / "run")
+    with (tmp_path / "run" / "history.csv").open("a") as file:
+        file.write("8,1.2")
+    run = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=9, path=tmp_path / "run", resume=True)
+    assert [row.step for row in run.history] == list(range(1, 10))
+
+
+@pytest.mark.mpi
+def test_does_not_overwrite(tmp_path):
+    split, _ = split_pair()
+    arguments = {"steps": 2, "path": tmp_path / "run"}
+    fit(split, low_rank(split.prior), ELBO(samples=2), **arguments)
+    with pytest.raises(RunFolderError, match="already holds files"):
+        fit(split, low_rank(split.prior), ELBO(samples=2), **arguments)
+    with pytest.raises(RunFolderError, match=r"objective ELBO\(samples=2"):
+        fit(split, low_rank(split.prior), ELBO(samples=3), resume=True, **arguments)
+    with pytest.raises(RunFolderError, match="at step 2 already"):
+        fit(split, low_rank(split.prior), ELBO(samples=2), **{**arguments, "steps": 1}, resume=True)
+    with pytest.raises(RunFolderError, match="problem"):
+        other = InverseProblem(split.prior, split.forward, GaussianNoise(0.2), split.y)
+        fit(other, low_rank(split.prior), ELBO(samples=2), resume=True, **arguments)
+
+
+@pytest.mark.parametrize("where", ["value", "gradient"])
+def test_not_finite_names_step_and_part(where):
+    calls = []
+
+    def forward(m):
+        calls.append(1)
+        if len(calls) < 3:
+            return m
+        return m / 0.0 if where == "value" else torch.sqrt(m * 0.0)
+
+    prior = GaussianVector(torch.zeros(2))
+    problem = InverseProblem(prior, forward, GaussianNoise(1.0), torch.ones(2))
+    words = r"step 3: .*log p\(y \| m\) \(4 of 4\)" if where == "value" else r"step 3: .*gradient is not, in .*mu"
+    with pytest.raises(NotFinite, match=words):
+        fit(problem, MeanFieldNormal(prior), ELBO(samples=4), steps=5, start=PresentParameters())
+
+
+def test_refuses_no_steps():
+    affine = Affine.create()
+    with pytest.raises(InvalidInput, match="steps is 0"):
+        fit(affine.problem(), low_rank(affine.prior), ELBO(), steps=0)
+
+
+def test_other_optimisers_and_schedules(tmp_path):
+    affine = Affine.create()
+
+    def momentum(parameters):
+        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+
+    arguments = {
+        "objective": ELBO(samples=2),
+        "optimizer": momentum,
+        "schedule": Constant(),
+        "start": GaussNewton(),
+        "checkpoint_every": 2,
+    }
+    whole = fit(affine.problem(), low_rank(affine.prior), steps=6, **arguments)
+    fit(affine.problem(), low_rank(affine.prior), steps=4, path=tmp_path / "run", **arguments)
+    run = fit(affine.problem(), low_rank(affine.prior), steps=6, path=tmp_path / "run", resume=True, **arguments)
+    assert numbers_of(run) == numbers_of(whole)
+    assert "momentum" in run.config["optimizer"]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", FIELD_FAMILIES)
+def test_split_over_ranks(name):
+    runs = []
+    for problem in split_pair():
+        torch.manual_seed(3)
+        posterior = FIELD_FAMILIES[name](problem.prior)
+        runs.append(fit(problem, posterior, ELBO(samples=4), steps=10))
+    ours, reference = runs
+    torch.testing.assert_close(
+        ours.posterior.prior.gather(ours.posterior().mean), reference.posterior().mean, rtol=1e-7, atol=1e-7
+    )
+    for a, b in zip(ours.history, reference.history, strict=True):
+        assert a.solves == b.solves
+        torch.testing.assert_close(
+            torch.tensor([a.elbo, a.kl, a.grad_norm], dtype=F64),
+            torch.tensor([b.elbo, b.kl, b.grad_norm], dtype=F64),
+            rtol=1e-6,
+            atol=1e-6,
+        )
+
+
+@pytest.mark.mpi
+def test_checkpoint_moves_between_numbers_of_ranks(tmp_path):
+    # Written by all ranks together, taken up by each rank alone: what is on disk does not know the partition.
+    split, alone = split_pair()
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            split,
+            low_rank(split.prior),
+            ELBO(samples=2),
+            steps=6,
+            path=tmp_path / "run",
+            checkpoint_every=2,
+            callbacks=[Interrupt(5)],
+        )
+    MPI.COMM_WORLD.barrier()
+    tensors = output.read_checkpoint(tmp_path / "run", 4).tensors
+    reference = low_rank(alone.prior)
+    with pytest.raises(KeyboardInterrupt):
+        fit(alone, reference, ELBO(samples=2), steps=6, callbacks=[Interrupt(4)])
+    torch.testing.assert_close(tensors["posterior.U"], reference.U.detach(), rtol=1e-7, atol=1e-7)
+    own = tmp_path / f"rank-{MPI.COMM_WORLD.rank}"
+    shutil.copytree(tmp_path / "run", own)
+    config = json.loads((own / "config.json").read_text())
+    config["problem"]["prior"], config["problem"]["likelihood"] = repr(alone.prior), repr(alone.likelihood)
+    (own / "config.json").write_text(json.dumps(config))
+    resumed = fit(alone, low_rank(alone.prior), ELBO(samples=2), steps=6, path=own, resume=True)
+    whole = fit(alone, low_rank(alone.prior), ELBO(samples=2), steps=6)
+    for a, b in zip(resumed.history, whole.history, strict=True):
+        assert a.elbo == pytest.approx(b.elbo, rel=1e-6)
