@@ -1,0 +1,120 @@
+"""Diagnostics on targets where the answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fem_vi.errors import InvalidInput
+from fem_vi.vi.diagnostics import diagnose, pareto_smoothed
+from fem_vi.vi.posterior.full_rank import FullRankNormal
+from fem_vi.vi.posterior.low_rank import LowRankNormal
+from fem_vi.vi.posterior.mean_field import MeanFieldNormal
+from fem_vi.vi.start import GaussNewton
+from tests.vi.helpers import F64, Affine, dense, numbers, split_pair
+
+
+def fitted(affine, family):
+    posterior = family(affine.prior)
+    GaussNewton()(affine.problem(), posterior)
+    return posterior
+
+
+def test_exact_posterior():
+    affine = Affine.create()
+    diagnosis = diagnose(affine.problem(), fitted(affine, FullRankNormal))
+    assert diagnosis.khat < 0.5
+    assert diagnosis.ess == pytest.approx(1000)
+    assert diagnosis.elbo == pytest.approx(affine.log_evidence(), abs=1e-8)
+    assert diagnosis.log_evidence == pytest.approx(affine.log_evidence(), abs=1e-8)
+    assert diagnosis.elbo_error < 1e-8
+    assert "close to the exact" in diagnosis.verdict
+
+
+def test_elbo_against_its_closed_form():
+    affine = Affine.create()
+    posterior = fitted(affine, MeanFieldNormal)
+    diagnosis = diagnose(affine.problem(), posterior, samples=4000, batch=1000)
+    gap = torch.distributions.kl_divergence(dense(posterior), affine.posterior()).detach()
+    assert abs(diagnosis.elbo - (affine.log_evidence() - float(gap))) < 4 * diagnosis.elbo_error
+    assert diagnosis.kl == pytest.approx(float(posterior().kl_to_prior().detach()))
+
+
+@pytest.mark.parametrize(("scale", "good"), [(0.9, True), (1.2, True), (0.4, False)])
+def test_khat_of_normals(scale, good):
+    # p = N(0, 1), q = N(0, scale^2): weights have finite moments of order below 1 / (1 - scale^2), so k = 1 - scale^2.
+    x = scale * numbers(1, 4000)
+    log_weights = -0.5 * x.square() + 0.5 * (x / scale).square() + torch.tensor(scale).log()
+    khat, smoothed, log_evidence = pareto_smoothed(log_weights)
+    assert khat < 0.5 if good else khat > 0.7
+    assert float(smoothed.exp().sum()) == pytest.approx(1)
+    if good:
+        assert log_evidence == pytest.approx(0.0, abs=0.05)
+
+
+def test_weights_at_the_edge():
+    khat, smoothed, log_evidence = pareto_smoothed(torch.full((200,), -3.0, dtype=F64))
+    assert (khat, log_evidence) == (0.0, -3.0)
+    assert float(smoothed.exp().sum()) == pytest.approx(1)
+    assert pareto_smoothed(torch.tensor([0.0, float("-inf")] * 100, dtype=F64))[0] == float("inf")
+
+
+def test_too_narrow_a_posterior_is_not_trusted():
+    affine = Affine.create()
+    posterior = fitted(affine, FullRankNormal)
+    with torch.no_grad():
+        posterior.log_diagonal -= 1.0
+    diagnosis = diagnose(affine.problem(), posterior)
+    assert diagnosis.khat > 0.7
+    assert "Do not trust" in diagnosis.verdict
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"), [(0.2, "fit worse than the model allows"), (1.0, "own predictions"), (30.0, "too large")]
+)
+def test_predictive_check(factor, words):
+    # 40 data with noise 0.3; the model believes 0.3 * factor.
+    affine = Affine.create(num_data=40)
+    wrong = Affine(affine.prior, affine.A, affine.b, affine.std * factor, affine.y)
+    diagnosis = diagnose(wrong.problem(), fitted(wrong, FullRankNormal))
+    assert words in diagnosis.verdict
+    if factor == 1.0:
+        assert 0.75 <= diagnosis.coverage <= 1.0
+        assert 0.3 < diagnosis.chi2 < 1.5
+
+
+def test_leaves_the_generator_alone_and_repeats():
+    affine = Affine.create()
+    posterior = LowRankNormal(affine.prior, 1)
+    state = torch.get_rng_state()
+    first = diagnose(affine.problem(), posterior, samples=200)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(1)
+    assert first == diagnose(affine.problem(), posterior, samples=200)
+
+
+def test_prints_a_table():
+    affine = Affine.create()
+    diagnosis = diagnose(affine.problem(), LowRankNormal(affine.prior, 1), samples=200)
+    text = str(diagnosis)
+    assert "Pareto k-hat" in text
+    assert " ".join(text.split()).endswith(diagnosis.verdict)
+
+
+def test_refuses_few_samples():
+    affine = Affine.create()
+    with pytest.raises(InvalidInput, match="samples is 10"):
+        diagnose(affine.problem(), LowRankNormal(affine.prior, 1), samples=10)
+
+
+@pytest.mark.mpi
+def test_split_over_ranks():
+    results = []
+    for problem in split_pair():
+        posterior = MeanFieldNormal(problem.prior)
+        GaussNewton()(problem, posterior)
+        results.append(diagnose(problem, posterior, samples=200))
+    ours, reference = results
+    for name in ("elbo", "elbo_error", "log_evidence", "kl", "khat", "ess", "chi2"):
+        assert getattr(ours, name) == pytest.approx(getattr(reference, name), rel=1e-6), name
+    assert ours.coverage == reference.coverage
