@@ -18,6 +18,10 @@ class UnsupportedForm(FemViError, ValueError):
     """A weak form uses something that the requested operator cannot handle."""
 
 
+class UnsupportedDerivative(FemViError, RuntimeError):
+    """A derivative was asked for that an operator cannot give; it is refused rather than wrong."""
+
+
 class MeshError(FemViError, ValueError):
     """A mesh file is missing, damaged, or describes something that DOLFINx cannot represent."""
 

@@ -80,8 +80,9 @@ def sum_over_ranks(comm: MPI.Comm, values: NDArray[np.float64]) -> NDArray[np.fl
     """The entrywise sum over ranks, replicated. Collective."""
     if comm.size == 1:
         return values
-    total = np.empty_like(values)
-    comm.Allreduce(np.ascontiguousarray(values), total, op=MPI.SUM)
+    local = np.ascontiguousarray(values, dtype=np.float64)
+    total = np.empty_like(local)
+    comm.Allreduce(local, total, op=MPI.SUM)
     return total
 
 

@@ -15,6 +15,7 @@ from fem_vi.parallel import sum_over_ranks
 from fem_vi.pde.adjoint import FormGradient
 from fem_vi.pde.assemble import ScalarForm
 from fem_vi.pde.inputs import Array, create_copies
+from fem_vi.pde.quadrature import pin_quadrature
 
 
 class Functional(BatchedOperator):
@@ -49,9 +50,9 @@ class Functional(BatchedOperator):
                 raise InvalidInput(f"inputs[{position}] does not occur in the form.")
         copies, self._fixed = create_copies(form, inputs)
         super().__init__(form.ufl_domain().ufl_cargo().comm, copies, ())
-        self._expanded = expand_derivatives(ufl.replace(form, {c.given: c.symbol for c in (*copies, *self._fixed)}))
-        self._form = ScalarForm(self._expanded)
-        self._gradient = FormGradient(self._expanded, copies)
+        expanded = pin_quadrature(expand_derivatives(ufl.replace(form, {c.given: c.symbol for c in (*copies, *self._fixed)})))
+        self._form = ScalarForm(expanded)
+        self._gradient = FormGradient(expanded, copies)
 
     def _check_state(self) -> None:
         for given in self._fixed:

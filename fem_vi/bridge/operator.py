@@ -7,6 +7,7 @@ from "the last call".
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,14 +19,14 @@ import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fem_vi.bridge.layout import as_numpy
-from fem_vi.errors import InvalidInput
+from fem_vi.errors import InvalidInput, UnsupportedDerivative
 from fem_vi.parallel import raise_on_all
 from fem_vi.pde.inputs import Array, Input
 
 _calls = itertools.count()
+_FIRST_ROW = np.zeros(1, dtype=np.intp)
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ def _plan(name: str, inputs: Sequence[object], expected: Sequence[Input]) -> tup
     if len(inputs) != len(expected):
         raise InvalidInput(f"{name} takes {len(expected)} tensors ({', '.join(e.label for e in expected)}); {len(inputs)} were given.")
     axes = [_batch_axes(name, x, given) for x, given in zip(inputs, expected, strict=True)]
+    if not any(axes):
+        return (), (_FIRST_ROW,) * len(axes)
     try:
         batch = tuple(np.broadcast_shapes(*axes))
     except ValueError as error:
@@ -148,9 +151,14 @@ def _batch_axes(name: str, x: object, given: Input) -> tuple[int, ...]:
         what = f"this rank owns {given.size} coefficients" if given.is_field else "the Constant has that shape"
         hint = " Use fem_vi.distribute to slice a replicated vector." if given.is_field else ""
         raise InvalidInput(f"{name}: {given.label} has shape {tuple(x.shape)}; its last axes must be {given.shape}, as {what}.{hint}")
-    if not bool(torch.isfinite(x.detach()).all()):
+    if not _is_finite(x.detach()):
         raise InvalidInput(f"{name}: {given.label} contains values that are not finite.")
     return tuple(x.shape[: x.ndim - event])
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all entries are finite. A finite sum says so at once; one that is not may have overflowed."""
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _flatten(x: Tensor, given: Input) -> Tensor:
@@ -158,7 +166,7 @@ def _flatten(x: Tensor, given: Input) -> Tensor:
 
 
 class _Apply(torch.autograd.Function):
-    """Calls an operator in NumPy, forward and backward. First derivatives only: a second one is refused by torch."""
+    """Calls an operator in NumPy."""
 
     @staticmethod
     def forward(ctx: Any, operator: BatchedOperator, call: Call, *flat: Tensor) -> Tensor:
@@ -168,12 +176,28 @@ class _Apply(torch.autograd.Function):
         return out.reshape(*call.batch, *operator._output_shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         out, *flat = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
+        return None, None, *_Pullback.apply(ctx.operator, ctx.call, wanted, g.reshape(out.shape), out, *flat)
+
+
+class _Pullback(torch.autograd.Function):
+    """The gradient of an operator. It keeps its place in the graph, so that differentiating it again is refused and not zero."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, operator: BatchedOperator, call: Call, wanted: Sequence[bool], g: Tensor, out: Tensor, *flat: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        ctx.operator = operator
         grads = [torch.zeros_like(x) if want else None for x, want in zip(flat, wanted, strict=True)]
         views = [None if grad is None else grad.numpy() for grad in grads]
-        cotangent = as_numpy(g).reshape(out.shape)
-        ctx.operator._backward(ctx.call, [as_numpy(x) for x in flat], as_numpy(out), cotangent, views)
-        return None, None, *grads
+        operator._backward(call, [as_numpy(x) for x in flat], as_numpy(out), as_numpy(g), views)
+        return tuple(grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise UnsupportedDerivative(
+            f"{ctx.operator._name} can be differentiated once; a second derivative was asked for. "
+            "Do not pass create_graph=True through it, or detach its gradient."
+        )

@@ -94,7 +94,7 @@ class Solve(BatchedOperator):
         return out
 
     def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> None:
-        for sample in range(call.num_samples):
+        for sample in reversed(range(call.num_samples)):  # the factor used last is the one surely kept
             key = self._key(call, sample)
             try:
                 lam = self._equation.solve_adjoint(call.values(flat, sample), out[sample], g[sample], key)

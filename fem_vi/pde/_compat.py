@@ -7,6 +7,7 @@ from typing import Any
 import dolfinx
 import numpy as np
 from numpy.typing import NDArray
+from petsc4py import PETSc
 
 DOLFINX_VERSION: tuple[int, ...] = tuple(int(part) for part in dolfinx.__version__.split(".")[:2])
 
@@ -31,3 +32,9 @@ def coordinate_element(mesh: Any) -> Any:
 def bounding_box_tree(mesh: Any, padding: float) -> Any:
     """Bounding boxes of all local cells (keyword-only arguments since 0.10)."""
     return dolfinx.geometry.bb_tree(mesh, mesh.topology.dim, padding=padding)
+
+
+def option_used(name: str) -> bool:
+    """Whether PETSc has read an option of its database; True where petsc4py (before 3.23) cannot tell."""
+    database = PETSc.Options()
+    return bool(database.used(name)) if hasattr(database, "used") else True

@@ -56,7 +56,8 @@ class Source:
         MPI: Collective for a Constant.
         """
         owned = slice(0, self.num_owned)
-        local = np.bincount(self.entries[owned], weights=at_state[self.dofs[owned]], minlength=self.input.size)
+        local = np.zeros(self.input.size)
+        np.add.at(local, self.entries[owned], at_state[self.dofs[owned]])
         return local if self.input.is_field else sum_over_ranks(comm, local)
 
 
@@ -84,11 +85,12 @@ class Boundary:
         self.dofs: Dofs = np.flatnonzero(last >= 0).astype(np.int32)
         self.owned: Dofs = self.dofs[self.dofs < owned]
         self._fixed = np.zeros(total)
-        fem.set_bc(self._fixed, self.bcs)
+        for bc in self.bcs:
+            bc._cpp_object.set(self._fixed, None, 1.0)
         self.sources = self._find_sources(space, inputs, last)
         for source in self.sources:
             self._fixed[source.dofs] = 0.0
-        self._watched = self.dofs[np.isin(last[self.dofs], [k for k, bc in enumerate(self.bcs) if not _is_input(bc, inputs)])]
+        self._watched = [(bc.g, _current(bc.g).copy()) for bc in self.bcs if not _is_input(bc, inputs)]
         local = bool(self.sources) or bool(np.any(self._fixed))
         self.homogeneous = not any_rank(space.mesh.comm, local)
 
@@ -111,17 +113,18 @@ class Boundary:
 
     def changed(self) -> bool:
         """Whether the caller has changed a prescribed value that is not an input. Not collective."""
-        if self._watched.size == 0:
-            return False
-        now = np.zeros_like(self._fixed)
-        fem.set_bc(now, self.bcs)
-        return not np.array_equal(now[self._watched], self._fixed[self._watched])
+        return any(not np.array_equal(_current(value), frozen) for value, frozen in self._watched)
 
     def values(self) -> Array:
         """Prescribed values at the owned prescribed dofs `owned`."""
         x = np.zeros_like(self._fixed)
         self.apply(x)
         return x[self.owned]
+
+
+def _current(value: Any) -> Array:
+    """The numbers behind the C++ Function or Constant of a condition, as they are now."""
+    return np.asarray(value.x.array if hasattr(value, "x") else value.value)
 
 
 def _is_input(bc: fem.DirichletBC, inputs: Sequence[Input]) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 import numpy as np
 import ufl
@@ -17,6 +19,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from fem_vi.errors import SolveFailed
+from fem_vi.pde import _compat
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.inputs import Array
 
@@ -41,21 +44,27 @@ class Options:
 
     def __init__(self, given: Mapping[str, Option]) -> None:
         self.prefix = f"fem_vi_{next(_counter)}_"
-        self._given = dict(given)
+        self._unchecked = list(given)
+        names = [self.prefix + name for name in complete_options(given)]
+        weakref.finalize(self, _forget, names)
         database = PETSc.Options()
         for name, value in complete_options(given).items():
             database.setValue(self.prefix + name, value)
-        self._checked = False
 
     def warn_unused(self) -> None:
         """Warn once of options that PETSc did not read, which is how a misspelt one shows."""
-        database = PETSc.Options()
-        if self._checked or not hasattr(database, "used"):
+        if not self._unchecked:
             return
-        self._checked = True
-        unused = [name for name in self._given if not database.used(self.prefix + name)]
+        unused = [name for name in self._unchecked if not _compat.option_used(self.prefix + name)]
+        self._unchecked = []
         if unused:
             warnings.warn(f"PETSc did not use the options {', '.join(unused)}; check their spelling.", stacklevel=2)
+
+
+def _forget(names: list[str]) -> None:
+    database = PETSc.Options()
+    for name in names:
+        database.delValue(name)
 
 
 def reason_name(kind: type, reason: int) -> str:
@@ -68,12 +77,10 @@ class Factor:
     """One Jacobian with its solver and work vectors.
 
     Attributes:
-        key: Which linearisation the matrix holds; None for none.
-        released: Whether the holder of the key has said that it will probably not come back.
+        released: Whether the holder of its key has said that it will probably not come back.
     """
 
     def __init__(self, matrix: PETSc.Mat, options: Options) -> None:
-        self.key: Hashable = None
         self.released = True
         self.matrix = matrix
         self.ksp = PETSc.KSP().create(matrix.comm)
@@ -171,7 +178,7 @@ class Factor:
 
     def num_bytes(self) -> int:
         """Memory of the matrix and its factor, the largest over ranks. Collective."""
-        local = self.matrix.getInfo(PETSc.Mat.InfoType.LOCAL)["memory"]
+        local = 2.0**16 + self.matrix.getInfo(PETSc.Mat.InfoType.LOCAL)["memory"]
         preconditioner = self.ksp.getPC()
         if preconditioner.getType() in ("lu", "cholesky"):
             factor = preconditioner.getFactorMatrix()
@@ -202,7 +209,8 @@ class FactorPool:
         self._boundary = boundary
         self._options = options
         self._budget = budget
-        self._factors: list[Factor] = []
+        self._factors: OrderedDict[Hashable, Factor] = OrderedDict()
+        self._spare: Factor | None = None
         self._capacity = 1
         self.num_factorisations = 0
 
@@ -214,25 +222,31 @@ class FactorPool:
 
         MPI: Collective.
         """
-        for factor in self._factors:
-            if factor.key == key:
-                self._factors.remove(factor)
-                self._factors.append(factor)
-                return factor
-        factor = self._vacant()
-        self.assemble(factor.matrix)
-        factor.refresh()
-        factor.key, factor.released = key, False
-        self.num_factorisations += 1
-        if self.num_factorisations == 1:
-            self._capacity = max(1, self._budget // max(1, factor.num_bytes()))
+        factor = self._factors.get(key)
+        if factor is None:
+            factor = self._build(key)
+        else:
+            self._factors.move_to_end(key)
+        factor.released = False
         return factor
 
     def release(self, key: Hashable) -> None:
         """Say that a key will probably not be asked for again. Not collective."""
-        for factor in self._factors:
-            if factor.key == key:
-                factor.released = True
+        factor = self._factors.get(key)
+        if factor is not None:
+            factor.released = True
+            self._factors.move_to_end(key, last=False)
+
+    def _build(self, key: Hashable) -> Factor:
+        factor = self._vacant()
+        self._spare = factor
+        self.assemble(factor.matrix)
+        factor.refresh()
+        self._factors[key], self._spare = factor, None
+        self.num_factorisations += 1
+        if self.num_factorisations == 1:
+            self._capacity = max(1, self._budget // factor.num_bytes())
+        return factor
 
     def assemble(self, matrix: PETSc.Mat) -> None:
         """Assemble the Jacobian at what is loaded. Collective."""
@@ -245,12 +259,12 @@ class FactorPool:
         return fem_petsc.create_matrix(self._form)
 
     def _vacant(self) -> Factor:
-        released = [factor for factor in self._factors if factor.released]
-        if not released and len(self._factors) < self._capacity:
-            factor = Factor(self.create_matrix(), self._options)
+        """The factor that goes first, or a new one where the budget allows it."""
+        oldest = next(iter(self._factors.values()), None)
+        if self._spare is not None:
+            factor, self._spare = self._spare, None
+        elif oldest is not None and (oldest.released or len(self._factors) >= self._capacity):
+            _, factor = self._factors.popitem(last=False)
         else:
-            factor = released[0] if released else self._factors[0]
-            self._factors.remove(factor)
-        factor.key, factor.released = None, True
-        self._factors.append(factor)
+            factor = Factor(self.create_matrix(), self._options)
         return factor

@@ -11,6 +11,7 @@ from ufl.algorithms import expand_derivatives
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.inputs import create_copies, create_input
+from fem_vi.pde.quadrature import pin_quadrature
 
 
 class WeakForm:
@@ -31,6 +32,12 @@ class WeakForm:
     Raises:
         InvalidInput: Where an input is of the wrong kind, occurs twice, or occurs nowhere in the form or conditions.
         UnsupportedForm: Where F does not have exactly one argument, or its test function lives in another space.
+
+    Attributes:
+        form: F on the private copies.
+        jacobian: dF/du, a 2-form.
+        is_linear: Whether F is affine in the state, seen from the form.
+        initial_guess: Local coefficients, ghosts included.
 
     MPI: Collective.
 
@@ -59,11 +66,12 @@ class WeakForm:
         self.trial = ufl.TrialFunction(self.space)
         self.state: fem.Function = self.unknown.symbol
         copies = {given.given: given.symbol for given in (self.unknown, *self.inputs, *self._fixed)}
-        self.form = expand_derivatives(ufl.replace(F, {test: self.test, **copies}))
+        self.form = pin_quadrature(expand_derivatives(ufl.replace(F, {test: self.test, **copies})))
         self.boundary = Boundary(self.space, bcs, self.inputs)
         self._check_occurrence()
         self.initial_guess = self.state.x.array.copy()
-        self.jacobian = expand_derivatives(ufl.derivative(self.form, self.state, self.trial))
+        self.jacobian: ufl.Form = expand_derivatives(ufl.derivative(self.form, self.state, self.trial))
+        self.is_linear = not any(self.state is c for c in self.jacobian.coefficients())
 
     def _check_occurrence(self) -> None:
         symbols = [*self.form.coefficients(), *self.form.constants()]
@@ -73,11 +81,6 @@ class WeakForm:
                 raise InvalidInput(f"{given.label} occurs neither in the form nor as the value of a Dirichlet condition.")
         if not any(self.state is symbol for symbol in symbols):
             raise InvalidInput("The state does not occur in the form; use the Function passed as state in place of a TrialFunction.")
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether the residual is affine in the state, seen from the form."""
-        return not any(self.state is c for c in self.jacobian.coefficients())
 
     def occurs_in(self, form: ufl.Form) -> tuple[int, ...]:
         """Positions of the inputs that occur in a form derived from this one."""
