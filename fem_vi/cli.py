@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-
 import typer
+
+from fem_vi import cli_mesh
 
 app = typer.Typer(
     name="fem-vi",
@@ -14,8 +13,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-if find_spec("fem_vi.cli_mesh"):
-    app.add_typer(import_module("fem_vi.cli_mesh").app, name="mesh")
+app.add_typer(cli_mesh.app, name="mesh")
 
 
 @app.callback()
