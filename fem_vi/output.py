@@ -4,7 +4,7 @@
     history.csv             one row a step, flushed as it goes
     checkpoints/            step-00000050.safetensors and .json with its checksum, the last two
     posterior.safetensors   fitted parameters, and posterior.json with its checksum
-    fields/                 mean and standard deviation, for ParaView
+    fields.xdmf, .h5        mean and standard deviation, for ParaView; where the prior is a field
 
 Files are written under a temporary name, synchronised and renamed; tensors are stored as safetensors, never pickled. These
 functions are not collective: rank 0 calls the writers.

@@ -19,17 +19,15 @@ class Adam:
     Attributes:
         lr: Learning rate, in whitened coordinates.
         betas: Decay of the two moments.
-        eps: Added to the root of the second moment, in nats per whitened unit. Gradients below it are not scaled up, so that
-            a fit which starts at the exact posterior stays there: with torch's 1e-8 rounding errors would be normalised to
-            full steps. It also makes the last steps those of plain gradient descent, which do not depend on the mesh.
+        eps: Added to the root of the second moment, in nats per whitened unit.
 
     References:
         Kingma, Ba (2015), Adam: a method for stochastic optimization.
     """
 
-    lr: float = 0.005
+    lr: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 0.1
+    eps: float = 1e-8
 
     def __call__(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """A torch optimiser of these parameters."""
@@ -58,6 +56,23 @@ class Constant:
     def __call__(self, progress: float) -> float:
         """One."""
         return 1.0
+
+
+def default_optimizer(num_unknowns: int, *, linearised: bool) -> Adam:
+    """Adam with steps of one length in whitened coordinates, whatever the number of unknowns.
+
+    A step of Adam moves each of n entries by up to `lr`, all of them by `lr sqrt(n)`, while the entries of a gradient shrink
+    like 1 / sqrt(n) as a mesh is refined: `lr` and `eps` that do so too make a fit independent of the mesh.
+
+    A fit from the linearised posterior is nearly there. It takes small steps, and an `eps` of the order of gradients that no
+    longer matter, without which Adam would turn rounding errors at an exact posterior into full steps.
+
+    Args:
+        num_unknowns: On all ranks together.
+        linearised: Whether the fit starts from the linearised posterior.
+    """
+    root = math.sqrt(num_unknowns)
+    return Adam(lr=0.01 / root, eps=0.2 / root) if linearised else Adam(lr=0.5 / root)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

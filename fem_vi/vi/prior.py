@@ -26,7 +26,7 @@ class FieldPrior(Protocol):
     field tensors, of which each rank owns a part; for replicated unknowns every rank holds all of them (`n_owned ==
     num_global`) and `all_sum` and `localise` do nothing.
 
-    A prior may also have `write_fields(folder, fields)`: write tensors `{"name": (n_owned,)}` to files that ParaView
+    A prior may also have `write_fields(path, fields)`: write tensors `{"name": (n_owned,)}` to an XDMF file that ParaView
     opens. Collective; `fit` calls it where it exists.
     """
 

@@ -61,7 +61,6 @@ def test_finds_the_exact_posterior_from_the_prior(name, steps):
         FullRankNormal(affine.prior) if name == "full-rank" else low_rank(affine.prior, 3),
         ELBO(samples=8),
         steps=steps,
-        optimizer=Adam(lr=0.2, eps=1e-8),
         start=PresentParameters(),
     )
     q, exact = run.posterior(), affine.posterior()
@@ -145,9 +144,9 @@ def test_run_folder(tmp_path):
 def test_fields_are_written_where_the_prior_can(tmp_path):
     affine = Affine.create()
     written = {}
-    affine.prior.write_fields = lambda folder, fields: written.update({"folder": folder, **fields})
+    affine.prior.write_fields = lambda path, fields: written.update({"path": path, **fields})
     run = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=1, path=tmp_path / "run")
-    assert written["folder"] == tmp_path / "run" / "fields"
+    assert written["path"] == tmp_path / "run" / "fields.xdmf"
     torch.testing.assert_close(written["sd"], run.posterior().variance.sqrt().detach())
 
 
