@@ -8,17 +8,20 @@ it, and are exact.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 import ufl
 from ufl.algorithms import estimate_total_polynomial_degree
+from ufl.algorithms.apply_integral_scaling import compute_integrand_scaling_factor
 
 
 def pin_quadrature(form: ufl.Form) -> ufl.Form:
     """The same form with the degrees that the form compiler would choose for it written down.
 
-    The compiler sums all integrands over one subdomain that have the same metadata and takes the largest degree among them.
+    The compiler sums all integrands over one subdomain that have the same metadata and takes the largest degree among
+    them, plus that of the map's Jacobian determinant (zero on straight simplices).
 
     Args:
         form: UFL form with derivatives expanded.
@@ -26,22 +29,25 @@ def pin_quadrature(form: ufl.Form) -> ufl.Form:
     Returns:
         Form whose integrals all state a quadrature degree; degrees that the user chose stay.
     """
-    degrees: dict[Any, int] = {}
+    degrees: dict[Hashable, int] = {}
     for integral in form.integrals():
-        degree = int(np.max(estimate_total_polynomial_degree(integral.integrand())))
-        for key in _groups(integral):
-            degrees[key] = max(degree, degrees.get(key, 0))
-    pinned = []
-    for integral in form.integrals():
-        metadata = dict(integral.metadata())
-        if metadata.get("quadrature_degree", -1) < 0:
-            metadata["quadrature_degree"] = max(degrees[key] for key in _groups(integral))
-        pinned.append(integral.reconstruct(metadata=metadata))
-    return ufl.Form(pinned)
+        key = _group(integral)
+        degrees[key] = max(_degree(integral), degrees.get(key, 0))
+    return ufl.Form([_with_degree(integral, degrees[_group(integral)]) for integral in form.integrals()])
 
 
-def _groups(integral: Any) -> list[Any]:
-    ids = integral.subdomain_id()
+def _degree(integral: Any) -> int:
+    _, of_the_map = compute_integrand_scaling_factor(integral)
+    return int(np.max(estimate_total_polynomial_degree(integral.integrand()))) + int(np.max(of_the_map))
+
+
+def _group(integral: Any) -> Hashable:
     metadata = tuple(sorted((key, str(value)) for key, value in integral.metadata().items()))
-    each = ids if isinstance(ids, tuple) else (ids,)
-    return [(integral.integral_type(), integral.ufl_domain(), metadata, number) for number in each]
+    return integral.integral_type(), integral.ufl_domain(), integral.subdomain_id(), metadata
+
+
+def _with_degree(integral: Any, degree: int) -> Any:
+    metadata = dict(integral.metadata())
+    if metadata.get("quadrature_degree", -1) < 0:
+        metadata["quadrature_degree"] = degree
+    return integral.reconstruct(metadata=metadata)
