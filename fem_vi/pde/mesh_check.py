@@ -211,8 +211,10 @@ def _check_volumes(shape: str, order: int, cells: Index, points: NDArray[np.floa
         with np.errstate(over="ignore", invalid="ignore"):
             volumes = signed_volumes(jacobians(shape, order, x, reference))
             least = np.maximum(FLAT * size, noise) * size ** (dim - 1)
-        flat.append(np.flatnonzero(~(np.abs(volumes).max(axis=1) > least)) + chunk.start)
-        folded.append(np.flatnonzero((volumes.max(axis=1) > least) & (volumes.min(axis=1) < -least)) + chunk.start)
+        turns = (volumes.max(axis=1) > least) & (volumes.min(axis=1) < -least)
+        folded.append(np.flatnonzero(turns) + chunk.start)
+        # In the middle, not anywhere: a straight angle in a corner of a quadrilateral does no harm.
+        flat.append(np.flatnonzero(~turns & ~(np.abs(volumes[:, 0]) > least)) + chunk.start)
     for found, what in (
         (np.concatenate(flat), "have no volume"),
         (np.concatenate(folded), "are folded (their Jacobian changes sign)"),

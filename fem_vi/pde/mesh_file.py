@@ -62,7 +62,7 @@ def quiet() -> Iterator[io.StringIO]:
         try:
             yield said
         except SystemExit:
-            raise MeshError(" ".join(said.getvalue().split()) or "meshio could not read it.") from None
+            raise meshio.ReadError(" ".join(said.getvalue().split())) from None
 
 
 def _sets(mesh: Any) -> dict[str, list[Index]]:
@@ -192,8 +192,6 @@ def read_content(path: Path) -> MeshContent:
             return _from_meshio(path, meshio.read(path))
     except MeshError as error:
         raise MeshError(f"{path}: {error}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # meshio lets through whatever its readers stumble on
+    except Exception as error:  # meshio lets through whatever its readers stumble on, MemoryError on a damaged count included
         cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise MeshError(f"{path}: it is damaged, truncated, or not a mesh of the kind its extension says ({cause}).") from error

@@ -82,9 +82,8 @@ def _add_names_to_xdmf(path: Path, names: tuple[tuple[str, int, int], ...]) -> N
         table = ET.Element("main")
         for name, dim, tag in names:
             ET.SubElement(table, "map", key=name, dim=str(dim)).text = str(tag)
-        ET.SubElement(grid, "Information", Name="Information", Value=str(len(names))).text = ET.tostring(
-            table, encoding="unicode"
-        )
+        information = ET.SubElement(grid, "Information", Name="Information", Value=str(len(names)))
+        information.text = ET.tostring(table, encoding="unicode")
         tree.write(path)
 
 
@@ -146,8 +145,6 @@ def convert_mesh(source: Path, target: Path, *, overwrite: bool = False) -> tupl
             _add_names_to_xdmf(temporary, before.names)
         notes = _losses(before, check_content(read_content(temporary)))
         temporary.replace(target)
-    except MemoryError:
-        raise
     except Exception as error:
         cause = str(error).replace(str(temporary), "what was written").removeprefix("what was written: ") or type(error).__name__
         raise MeshError(f"{target}: it cannot be written as {suffix}: {cause}") from error

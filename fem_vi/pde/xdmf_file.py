@@ -25,7 +25,10 @@ def _values(folder: Path, item: ET.Element) -> NDArray[np.generic]:
     text = (item.text or "").strip()
     shape = [int(n) for n in item.attrib["Dimensions"].split()]
     if item.get("Format") == "XML":
-        return np.array(text.split(), dtype=np.float64).reshape(shape)
+        whole = (
+            text.replace("-", "").replace(" ", "").replace("\n", "").isdigit()
+        )  # DOLFINx does not say what the numbers of tags are
+        return np.array(text.split(), dtype=np.int64 if whole else np.float64).reshape(shape)
     file, _, inside = text.partition(":")
     if not (folder / file).is_file():
         raise MeshError(f"its numbers are in {file}, which is not in the same folder.")
@@ -51,7 +54,7 @@ def _tags(folder: Path, grid: ET.Element) -> tuple[Index | None, list[str]]:
         item = attribute.find("DataItem")
         if item is not None and attribute.get("Center") == "Cell":
             values = _values(folder, item).reshape(-1)
-            if item.get("NumberType", item.get("DataType", "Float")) in ("Int", "UInt"):
+            if values.dtype.kind in "iu":
                 found[attribute.get("Name", "")] = values.astype(np.int64)
     return (next(iter(found.values())), []) if len(found) == 1 else (None, sorted(found))
 
