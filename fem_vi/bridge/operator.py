@@ -103,10 +103,24 @@ class BatchedOperator(ABC):
         self._check_ranks(batch, inputs)
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         call = Call(next(_calls), batch, rows, keep)
-        flat = [_flatten(x, given) for x, given in zip(inputs, self._inputs, strict=True)]
-        out = _Apply.apply(self, call, *flat)
-        device = next((x.device for x in inputs if x.device.type != "cpu"), torch.device("cpu"))
-        return out.to(device)  # type: ignore[no-any-return]
+        host = [x.to(device="cpu", dtype=torch.float64) for x in inputs]
+        out: Tensor = _Apply.apply(self, call, *host)
+        device = next((x.device for x in inputs if x.device.type != "cpu"), None)
+        return out if device is None else out.to(device)
+
+    def _pullback(self, call: Call, g: Tensor, out: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+        """The gradients of all inputs that want one, each in the shape of its input. Collective."""
+        flat = self._flat(inputs)
+        grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) if want else None for x, want in zip(inputs, wanted, strict=True)]
+        views = [None if grad is None else grad.numpy().reshape(x.shape) for grad, x in zip(grads, flat, strict=True)]
+        size = (call.num_samples, math.prod(self._output_shape))
+        self._backward(call, flat, as_numpy(out).reshape(size), as_numpy(g).reshape(size), views)
+        return grads
+
+    def _flat(self, inputs: Sequence[Tensor]) -> list[Array]:
+        """The values of each input, one row for each sample that it has (counted, since a rank may own no entries)."""
+        rows = [math.prod(x.shape[: x.ndim - len(given.shape)]) for x, given in zip(inputs, self._inputs, strict=True)]
+        return [as_numpy(x).reshape(n, given.size) for n, x, given in zip(rows, inputs, self._inputs, strict=True)]
 
     @property
     def _name(self) -> str:
@@ -146,40 +160,41 @@ def _batch_axes(name: str, x: object, given: Input) -> tuple[int, ...]:
         raise InvalidInput(f"{name}: {given.label} is a {type(x).__name__}; it must be a torch tensor.")
     if x.dtype not in (torch.float64, torch.float32):
         raise InvalidInput(f"{name}: {given.label} has dtype {x.dtype}; it must be float64 (or float32, which is cast).")
+    if not _is_finite(x.detach()):
+        raise InvalidInput(f"{name}: {given.label} contains values that are not finite.")
+    if x.shape == given.shape:
+        return ()
     event = len(given.shape)
     if x.ndim < event or tuple(x.shape[x.ndim - event :]) != given.shape:
         what = f"this rank owns {given.size} coefficients" if given.is_field else "the Constant has that shape"
         hint = " Use fem_vi.distribute to slice a replicated vector." if given.is_field else ""
         raise InvalidInput(f"{name}: {given.label} has shape {tuple(x.shape)}; its last axes must be {given.shape}, as {what}.{hint}")
-    if not _is_finite(x.detach()):
-        raise InvalidInput(f"{name}: {given.label} contains values that are not finite.")
     return tuple(x.shape[: x.ndim - event])
 
 
 def _is_finite(x: Tensor) -> bool:
     """Whether all entries are finite. A finite sum says so at once; one that is not may have overflowed."""
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
-
-
-def _flatten(x: Tensor, given: Input) -> Tensor:
-    return x.to(device="cpu", dtype=torch.float64).reshape(-1, given.size)
+    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
 
 
 class _Apply(torch.autograd.Function):
     """Calls an operator in NumPy."""
 
     @staticmethod
-    def forward(ctx: Any, operator: BatchedOperator, call: Call, *flat: Tensor) -> Tensor:
-        out = torch.from_numpy(operator._forward(call, [as_numpy(x) for x in flat]))
+    def forward(ctx: Any, operator: BatchedOperator, call: Call, *inputs: Tensor) -> Tensor:
+        values = operator._forward(call, operator._flat(inputs))
+        out = torch.from_numpy(values.reshape((*call.batch, *operator._output_shape)))
         ctx.operator, ctx.call = operator, call
-        ctx.save_for_backward(out, *flat)
-        return out.reshape(*call.batch, *operator._output_shape)
+        ctx.save_for_backward(out, *inputs)
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        out, *flat = ctx.saved_tensors
+        out, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
-        return None, None, *_Pullback.apply(ctx.operator, ctx.call, wanted, g.reshape(out.shape), out, *flat)
+        if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated
+            return None, None, *_Pullback.apply(ctx.operator, ctx.call, wanted, g, out, *inputs)
+        return None, None, *ctx.operator._pullback(ctx.call, g, out, inputs, wanted)
 
 
 class _Pullback(torch.autograd.Function):
@@ -187,13 +202,10 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, operator: BatchedOperator, call: Call, wanted: Sequence[bool], g: Tensor, out: Tensor, *flat: Tensor
+        ctx: Any, operator: BatchedOperator, call: Call, wanted: Sequence[bool], g: Tensor, out: Tensor, *inputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.operator = operator
-        grads = [torch.zeros_like(x) if want else None for x, want in zip(flat, wanted, strict=True)]
-        views = [None if grad is None else grad.numpy() for grad in grads]
-        operator._backward(call, [as_numpy(x) for x in flat], as_numpy(out), as_numpy(g), views)
-        return tuple(grads)
+        return tuple(operator._pullback(call, g, out, inputs, wanted))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,7 +20,7 @@ from ufl.algorithms import expand_derivatives
 from fem_vi.errors import UnsupportedForm
 from fem_vi.parallel import sum_over_ranks
 from fem_vi.pde.assemble import ScalarForm, VectorForm, ZeroVector, create_vector_form
-from fem_vi.pde.inputs import Array, ConstantInput, FunctionInput, Input, load_owned
+from fem_vi.pde.inputs import Array, Coefficients, ConstantInput, FunctionInput, Input
 from fem_vi.pde.weak_form import WeakForm
 
 
@@ -104,14 +104,15 @@ class ResidualVjp:
 
     def __init__(self, pde: WeakForm) -> None:
         self.pde = pde
-        self._lam = fem.Function(pde.space)
-        form = ufl.replace(pde.form, {pde.test: self._lam})
+        lam = fem.Function(pde.space)
+        self._lam = Coefficients(lam)
+        form = ufl.replace(pde.form, {pde.test: lam})
         self.inputs = pde.occurs_in(form)
         self._gradient = FormGradient(form, [pde.unknown, *pde.inputs])
 
     def load(self, lam: Array) -> None:
         """Set lam: owned entries, `(n_owned,)`. Collective."""
-        load_owned(self._lam, lam)
+        self._lam.load(lam)
 
     def state(self) -> Array:
         """lam^T dr/du at what is loaded, owned entries: a view, valid until the next call. Collective."""

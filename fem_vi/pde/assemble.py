@@ -16,15 +16,15 @@ class VectorForm:
         space = form.arguments()[0].ufl_function_space()
         self._form = fem.form(form)
         self._vector = la.vector(space.dofmap.index_map, space.dofmap.index_map_bs)
-        self._owned = space.dofmap.index_map.size_local * space.dofmap.index_map_bs
+        self._array: Array = self._vector.array
+        self._owned: Array = self._array[: space.dofmap.index_map.size_local * space.dofmap.index_map_bs]
 
     def assemble(self) -> Array:
         """Owned entries, `(n_owned,)`: a view of the buffer, valid until the next call. Collective."""
-        array = self._vector.array
-        array[:] = 0.0
-        fem.assemble_vector(array, self._form)
+        self._array.fill(0.0)
+        fem.assemble_vector(self._array, self._form)
         self._vector.scatter_reverse(la.InsertMode.add)
-        return array[: self._owned]  # type: ignore[no-any-return]
+        return self._owned
 
 
 class ScalarForm:

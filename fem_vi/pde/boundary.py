@@ -113,7 +113,7 @@ class Boundary:
 
     def changed(self) -> bool:
         """Whether the caller has changed a prescribed value that is not an input. Not collective."""
-        return any(not np.array_equal(_current(value), frozen) for value, frozen in self._watched)
+        return any((_current(value) != frozen).any() for value, frozen in self._watched)
 
     def values(self) -> Array:
         """Prescribed values at the owned prescribed dofs `owned`."""

@@ -76,6 +76,9 @@ def reason_name(kind: type, reason: int) -> str:
 class Factor:
     """One Jacobian with its solver and work vectors.
 
+    A method for symmetric matrices (CG, MINRES, Cholesky) is the user's word that J is symmetric; the check of each
+    solution finds out where that is not so.
+
     Attributes:
         released: Whether the holder of its key has said that it will probably not come back.
     """
@@ -87,6 +90,10 @@ class Factor:
         self.ksp.setOptionsPrefix(options.prefix)
         self.ksp.setOperators(matrix)
         self.ksp.setFromOptions()
+        method, preconditioner = self.ksp.getType(), self.ksp.getPC().getType()
+        self._direct = method == "preonly"
+        self._symmetric = method in ("cg", "minres", "symmlq", "pipecg") or preconditioner in ("cholesky", "icc")
+        self._transposes = preconditioner == "lu"
         self._x, self._b = matrix.createVecs()
         self._residual = self._b.duplicate()
         self._prefix = options.prefix
@@ -117,9 +124,9 @@ class Factor:
         if not np.isfinite(norm):
             raise SolveFailed("the right-hand side is not finite")
         self._b.scale(1.0 / norm)
-        if not transposed or self._is_symmetric():
+        if not transposed or self._symmetric:
             ksp = self._run(self.ksp, self.ksp.solve)
-        elif self.ksp.getPC().getType() == "lu":
+        elif self._transposes:
             ksp = self._run(self.ksp, self.ksp.solveTranspose)
         else:
             other = self._transposed_solver()
@@ -142,10 +149,6 @@ class Factor:
         except PETSc.Error as error:
             raise SolveFailed(f"PETSc failed inside KSP: {error}") from error
         return ksp
-
-    def _is_symmetric(self) -> bool:
-        """Whether the user has said so, by a method for symmetric matrices only. `_check` finds out if it is not true."""
-        return self.ksp.getType() in ("cg", "minres", "symmlq", "pipecg") or self.ksp.getPC().getType() in ("cholesky", "icc")
 
     def _transposed_solver(self) -> PETSc.KSP:
         """A solver of its own for J^T: few preconditioners can be applied transposed (BoomerAMG's answer is wrong)."""
@@ -171,9 +174,8 @@ class Factor:
         (self.matrix.multTranspose if transposed else self.matrix.mult)(self._x, self._residual)
         self._residual.axpy(-1.0, self._b)
         size = self._residual.norm()
-        direct = ksp.getType() == "preonly"
-        if not size <= (RESIDUAL_BOUND if direct else max(RESIDUAL_BOUND, 1e3 * ksp.getTolerances()[0])):
-            cause = "the Jacobian is singular or nearly so" if direct else "its preconditioner or method does not fit the Jacobian"
+        if not size <= (RESIDUAL_BOUND if self._direct else max(RESIDUAL_BOUND, 1e3 * ksp.getTolerances()[0])):
+            cause = "the Jacobian is singular or nearly so" if self._direct else "its preconditioner or method does not fit the Jacobian"
             raise SolveFailed(f"the linear solver left a relative residual of {size:.1e}: {cause}")
 
     def num_bytes(self) -> int:

@@ -21,10 +21,28 @@ def local_size(space: Any) -> tuple[int, int]:
     return index_map.size_local * bs, (index_map.size_local + index_map.num_ghosts) * bs
 
 
+class Coefficients:
+    """The coefficients of a private Function, with what NumPy and DOLFINx need to write them at hand.
+
+    Attributes:
+        array: All local coefficients, ghosts included: a view.
+        owned: Those that this rank owns: a view.
+    """
+
+    def __init__(self, function: fem.Function) -> None:
+        self._vector = function.x
+        self.array: Array = function.x.array
+        self.owned: Array = self.array[: local_size(function.function_space)[0]]
+
+    def load(self, values: Array) -> None:
+        """Write the owned coefficients, `(n_owned,)`, and update the ghosts. Collective."""
+        self.owned[:] = values
+        self._vector.scatter_forward()
+
+
 def load_owned(function: fem.Function, values: Array) -> None:
-    """Write owned coefficients into a private Function and update its ghosts. Collective."""
-    function.x.array[: values.size] = values
-    function.x.scatter_forward()
+    """Write owned coefficients into a Function and update its ghosts. Collective."""
+    Coefficients(function).load(values)
 
 
 class FunctionInput:
@@ -39,11 +57,12 @@ class FunctionInput:
         self.shape: tuple[int, ...] = (local_size(self.space)[0],)
         self.size = self.shape[0]
         self.is_field = True
+        self.coefficients = Coefficients(self.symbol)
         self._frozen = given.x.array.copy()
 
     def load(self, values: Array) -> None:
         """Set the owned coefficients. Collective."""
-        load_owned(self.symbol, values)
+        self.coefficients.load(values)
 
     def changed(self) -> bool:
         """Whether the caller's Function differs from what it was when the copy was made."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 
 import ufl
-from dolfinx import fem
 from petsc4py import PETSc
 
 from fem_vi.errors import SolveFailed
 from fem_vi.pde.assemble import VectorForm, create_vector_form
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.factors import FactorPool, Option, Options, reason_name
-from fem_vi.pde.inputs import Array, load_owned
+from fem_vi.pde.inputs import Array, FunctionInput
 from fem_vi.pde.weak_form import WeakForm
 
 
@@ -48,7 +47,7 @@ class StateEquation:
         for given, value in zip(self.pde.inputs, values, strict=True):
             given.load(value)
         if state is not None:
-            load_owned(self.pde.state, state)
+            self.pde.unknown.load(state)
 
     def solve(self, values: Sequence[Array], key: Hashable) -> Array:
         """Solve for the state.
@@ -111,8 +110,8 @@ class _LinearSolve:
 
     def solve(self, key: Hashable) -> Array:
         factor = self._factors.get(key)
-        lifting = self._pde.state.x.array
-        lifting[:] = 0.0
+        lifting = self._pde.unknown.coefficients.array
+        lifting.fill(0.0)
         b = self._right_hand_side(lifting)
         u = factor.solve(b, transposed=False)
         return u + lifting[: u.size] if self._lifted else u
@@ -141,14 +140,14 @@ class _NonlinearSolve:
 
     def __init__(self, pde: WeakForm, factors: FactorPool, options: Options) -> None:
         self._pde = pde
-        residual = _Residual(VectorForm(pde.form), pde.state, pde.boundary)
+        residual = _Residual(VectorForm(pde.form), pde.unknown, pde.boundary)
         self._matrix = factors.create_matrix()
         self._x, vector = self._matrix.createVecs()
         self._snes = PETSc.SNES().create(self._matrix.comm)
         self._snes.setOptionsPrefix(options.prefix)
         self._snes.setTolerances(rtol=1e-10, atol=1e-50, stol=1e-12, max_it=50)
         self._snes.setFunction(residual.evaluate, vector)
-        self._snes.setJacobian(_Jacobian(factors, pde.state).evaluate, self._matrix)
+        self._snes.setJacobian(_Jacobian(factors, pde.unknown).evaluate, self._matrix)
         self._snes.setFromOptions()
 
     def solve(self, key: Hashable) -> Array:
@@ -175,12 +174,12 @@ class _NonlinearSolve:
 class _Residual:
     """SNES's residual: F(u), and u - h on the prescribed dofs. Holds no reference to the SNES that calls it."""
 
-    def __init__(self, form: VectorForm, state: fem.Function, boundary: Boundary) -> None:
+    def __init__(self, form: VectorForm, state: FunctionInput, boundary: Boundary) -> None:
         self._form, self._state, self._boundary = form, state, boundary
 
     def evaluate(self, snes: PETSc.SNES, x: PETSc.Vec, out: PETSc.Vec) -> None:
         values = x.array_r
-        load_owned(self._state, values)
+        self._state.load(values)
         r = out.array_w
         r[:] = self._form.assemble()
         owned = self._boundary.owned
@@ -190,11 +189,11 @@ class _Residual:
 class _Jacobian:
     """SNES's Jacobian, at the u that SNES passes."""
 
-    def __init__(self, factors: FactorPool, state: fem.Function) -> None:
+    def __init__(self, factors: FactorPool, state: FunctionInput) -> None:
         self._factors, self._state = factors, state
 
     def evaluate(self, snes: PETSc.SNES, x: PETSc.Vec, matrix: PETSc.Mat, preconditioner: PETSc.Mat) -> None:
-        load_owned(self._state, x.array_r)
+        self._state.load(x.array_r)
         self._factors.assemble(preconditioner)
         if matrix != preconditioner:
             matrix.assemble()

@@ -42,8 +42,9 @@ class HandWritten:
         self.data, self.bcs = data, problem.bcs
         self.lam = fem.Function(V)
         w, v = ufl.TrialFunction(V), ufl.TestFunction(V)
-        self.a = fem.form(ufl.exp(self.m) * ufl.inner(ufl.grad(w), ufl.grad(v)) * ufl.dx)
-        self.gradient = fem.form(-ufl.exp(self.m) * v * ufl.inner(ufl.grad(self.u), ufl.grad(self.lam)) * ufl.dx)
+        dx = ufl.dx(metadata={"quadrature_degree": 3})  # the same for both, or the gradient is not that of the discrete J
+        self.a = fem.form(ufl.exp(self.m) * ufl.inner(ufl.grad(w), ufl.grad(v)) * dx)
+        self.gradient = fem.form(-ufl.exp(self.m) * v * ufl.inner(ufl.grad(self.u), ufl.grad(self.lam)) * dx)
         self.A = fem_petsc.create_matrix(self.a)
         self.b = fem.assemble_vector(fem.form(v * ufl.dx))
         self.fixed = problem.bcs[0].dof_indices()[0]
