@@ -19,5 +19,5 @@ ENV PATH=/opt/fem_vi/bin:$PATH \
     OMPI_ALLOW_RUN_AS_ROOT=1 \
     OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
     PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
-WORKDIR /work
+WORKDIR /srv
 CMD ["bash"]
