@@ -129,8 +129,9 @@ def length_of(data: MeshData, name: str) -> float:
     dim = data.mesh.topology.dim - 1
     facets = data.facets(name)
     facets = facets[facets < data.mesh.topology.index_map(dim).size_local]
-    nodes = dolfinx.mesh.entities_to_geometry(data.mesh, dim, facets)
-    x = data.mesh.geometry.x[nodes]
+    if len(facets) == 0:  # entities_to_geometry of DOLFINx 0.9 crashes on an empty array
+        return float(COMM.allreduce(0.0))
+    x = data.mesh.geometry.x[dolfinx.mesh.entities_to_geometry(data.mesh, dim, facets)]
     edges = x[:, 1:] - x[:, :1]
     if dim == 1:
         size = np.linalg.norm(edges[:, 0], axis=1).sum()
