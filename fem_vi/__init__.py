@@ -1,24 +1,10 @@
-"""Variational inference for PDEs on meshes: FEniCSx solvers and weak forms as differentiable PyTorch functions."""
+"""Variational inference for PDEs on meshes: FEniCSx solvers and weak forms as differentiable PyTorch functions.
 
-from fem_vi.bridge.field_file import write_fields
-from fem_vi.bridge.field_prior import MaternField
-from fem_vi.bridge.functional import Functional
-from fem_vi.bridge.layout import all_sum, distribute, gather, localise
-from fem_vi.bridge.observe import MaskOutside, PointObservation, RaiseOutside
-from fem_vi.bridge.residual import Residual
-from fem_vi.bridge.solve import Solve
-from fem_vi.errors import (
-    FailedOnAnotherRank,
-    FemViError,
-    InvalidInput,
-    MeshError,
-    PointsOutsideMesh,
-    RunFolderError,
-    SolveFailed,
-    UnsupportedDerivative,
-    UnsupportedForm,
-)
-from fem_vi.parallel import ProcessGrid
-from fem_vi.pde.weak_form import WeakForm
+The public names stand in `__init__.pyi`. Each is imported when it is first used, so that `fem-vi --help` is quick, and
+`fem-vi doctor` runs where FEniCSx is missing.
+"""
 
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = "0.1.0"

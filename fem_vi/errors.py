@@ -34,6 +34,10 @@ class SolveFailed(FemViError, RuntimeError):
     """A linear or nonlinear solve did not converge."""
 
 
+class NotFinite(FemViError, ArithmeticError):
+    """A loss or gradient is infinite or not a number."""
+
+
 class RunFolderError(FemViError, RuntimeError):
     """A run folder or checkpoint cannot be written, or cannot be trusted when read."""
 

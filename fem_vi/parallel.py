@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
 from fem_vi import errors
+
+T = TypeVar("T")
 
 
 def _rebuild(name: str, message: str, rank: int) -> Exception:
@@ -84,6 +87,16 @@ def sum_over_ranks(comm: MPI.Comm, values: NDArray[np.float64]) -> NDArray[np.fl
     total = np.empty_like(local)
     comm.Allreduce(local, total, op=MPI.SUM)
     return total
+
+
+def max_over_ranks(comm: MPI.Comm, value: float) -> float:
+    """The largest value of any rank, replicated. Collective."""
+    return float(comm.allreduce(value, op=MPI.MAX)) if comm.size > 1 else value
+
+
+def all_values(comm: MPI.Comm, value: T) -> list[T]:
+    """What each rank passed, in the order of ranks, replicated. Collective."""
+    return comm.allgather(value) if comm.size > 1 else [value]
 
 
 def any_rank(comm: MPI.Comm, flag: bool) -> bool:

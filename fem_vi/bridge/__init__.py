@@ -1,0 +1,1 @@
+"""Where torch and FEniCSx meet."""

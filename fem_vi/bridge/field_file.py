@@ -36,7 +36,9 @@ def write_fields(path: str | Path, V: Any, fields: Mapping[str, Tensor]) -> None
             raise InvalidInput(f"write_fields: {target} must end in .xdmf.")
         for name, values in fields.items():
             if tuple(values.shape) != (local_size(V)[0],):
-                raise InvalidInput(f"write_fields: {name} has shape {tuple(values.shape)}; expected {(local_size(V)[0],)} on this rank.")
+                raise InvalidInput(
+                    f"write_fields: {name} has shape {tuple(values.shape)}; expected {(local_size(V)[0],)} on this rank."
+                )
     with raise_on_all(comm):
         folder = target.parent / f".{target.stem}.partial"
         if comm.rank == 0:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class _Multiply(torch.autograd.Function):
 
 
 class MaternField(Distribution):
-    """A Gaussian field whose covariance is, away from the boundary, Matern:
+    """A Gaussian field whose covariance is, away from the boundary, that of Matern.
 
         C(r) = std^2 2^(1 - nu) / Gamma(nu) (kappa r)^nu K_nu(kappa r),    kappa = sqrt(2 nu) / length,    nu = 2 - d / 2.
 
@@ -124,7 +125,12 @@ class MaternField(Distribution):
         self._variance: Tensor | None = None
         self._order: Tensor | None = None
         super().__init__(torch.Size(), torch.Size([num_owned(V)]), validate_args=False)
+        self._level = None if isinstance(mean, Tensor) and mean.ndim > 0 else float(mean)
         self._mean = torch.as_tensor(mean, dtype=torch.float64).expand(self.event_shape)
+
+    def __repr__(self) -> str:
+        mean = f", mean={self._level:g}" if self._level is not None else ", mean=<field>"
+        return f"MaternField({self.num_global} unknowns, std={self.std:g}, length={self.length:g}{mean})"
 
     @property
     def mean(self) -> Tensor:
@@ -180,9 +186,9 @@ class MaternField(Distribution):
         quadratic = self.all_sum(xi.square().sum(-1))
         return -0.5 * quadratic - 0.5 * self.num_global * math.log(2 * math.pi) - self.whitening_logdet
 
-    @property
+    @cached_property
     def whitening_logdet(self) -> Tensor:
-        """log |det C^(1/2)|, replicated. Collective."""
+        """log |det C^(1/2)|, replicated. Collective when first asked for."""
         mass = float(self.all_sum(self._mass.log().sum()))
         value = 0.5 * mass - self._operator.logdet() - self.num_global * math.log(self._tau)
         return torch.tensor(value, dtype=torch.float64)
@@ -200,11 +206,9 @@ class MaternField(Distribution):
         return gather(x, self.V)[..., self._file_order()]
 
     def scatter(self, x: Tensor) -> Tensor:
-        """The inverse of `gather`. Collective."""
+        """The inverse of `gather`: the owned part of what is replicated; differentiable. Collective."""
         first, last = owned_range(self.V)
-        whole = torch.empty_like(x)
-        whole[..., self._file_order()] = x
-        return whole[..., first:last]
+        return self.localise(x)[..., torch.argsort(self._file_order())[first:last]]
 
     def write_fields(self, path: str | Path, fields: Mapping[str, Tensor]) -> None:
         """Write field tensors `(n_owned,)` to an XDMF file; see `fem_vi.write_fields`. Collective."""
@@ -218,7 +222,9 @@ class MaternField(Distribution):
     def _check(self, x: Tensor, name: str) -> None:
         with raise_on_all(self.comm):
             if x.ndim == 0 or x.shape[-1] != self.event_shape[0]:
-                raise InvalidInput(f"MaternField: {name} has shape {tuple(x.shape)}; its last axis must be {self.event_shape[0]} (owned).")
+                raise InvalidInput(
+                    f"MaternField: {name} has shape {tuple(x.shape)}; its last axis must be {self.event_shape[0]} (owned)."
+                )
 
     def _exact_variance(self) -> Tensor:
         """Row norms of C^(1/2): unit vectors of all ranks, a block at a time."""

@@ -41,7 +41,9 @@ class Functional(BatchedOperator):
 
     def __init__(self, form: ufl.Form, inputs: Sequence[fem.Function | fem.Constant]) -> None:
         if not isinstance(form, ufl.Form):
-            raise UnsupportedForm(f"form is a {type(form).__name__}; it must be a UFL form (an integrand times ufl.dx, ufl.ds or ufl.dS).")
+            raise UnsupportedForm(
+                f"form is a {type(form).__name__}; it must be a UFL form (an integrand times ufl.dx, ufl.ds or ufl.dS)."
+            )
         if form.arguments():
             raise UnsupportedForm(f"form has {len(form.arguments())} arguments; a functional has none.")
         symbols = [*form.coefficients(), *form.constants()]

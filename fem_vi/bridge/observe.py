@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fem_vi.bridge.layout import all_sum, num_owned
 from fem_vi.errors import InvalidInput, PointsOutsideMesh
-from fem_vi.parallel import raise_on_all
+from fem_vi.parallel import all_values, raise_on_all
 from fem_vi.pde.observe import evaluate_points
 
 
@@ -76,8 +76,8 @@ class PointObservation:
         with raise_on_all(self.comm):
             if u.ndim == 0 or u.shape[-1] != self._num_owned:
                 raise InvalidInput(
-                    f"PointObservation: u has shape {tuple(u.shape)}; its last axis must be {self._num_owned}, the coefficients that "
-                    "this rank owns. Use fem_vi.distribute to slice a replicated vector."
+                    f"PointObservation: u has shape {tuple(u.shape)}; its last axis must be {self._num_owned}, the coefficients "
+                    "that this rank owns. Use fem_vi.distribute to slice a replicated vector."
                 )
         host = u.to(device="cpu", dtype=torch.float64)
         local = host.new_zeros(*host.shape[:-1], int(np.prod(self._shape)))
@@ -92,14 +92,17 @@ class PointObservation:
 def _check_points(points: ArrayLike, gdim: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     array = np.atleast_2d(np.asarray(points, dtype=np.float64))
     if array.ndim != 2 or array.shape[1] not in (gdim, 3) or array.shape[0] == 0:
-        raise InvalidInput(f"points have shape {array.shape}; expected (num_points, {gdim}) or (num_points, 3), at least one point.")
-    if not np.isfinite(array).all():
-        raise InvalidInput(f"points {np.flatnonzero(~np.isfinite(array).all(axis=1)).tolist()[:10]} are not finite.")
+        raise InvalidInput(
+            f"points have shape {array.shape}; expected (num_points, {gdim}) or (num_points, 3), at least one point."
+        )
+    wrong = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if wrong.size:
+        raise InvalidInput(f"points {wrong[:10].tolist()} are not finite.")
     return array
 
 
 def _check_replicated(comm: Any, points: np.ndarray[Any, np.dtype[np.float64]]) -> None:
-    sums = comm.allgather((points.shape, zlib.crc32(points.tobytes())))
+    sums = all_values(comm, (points.shape, zlib.crc32(points.tobytes())))
     if any(other != sums[0] for other in sums):
         raise InvalidInput("points differ between ranks; every rank must pass all points.")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fem_vi.bridge.layout import as_numpy
 from fem_vi.errors import InvalidInput, UnsupportedDerivative
-from fem_vi.parallel import raise_on_all
+from fem_vi.parallel import all_values, raise_on_all
 from fem_vi.pde.inputs import Array, Input
 
 _calls = itertools.count()
@@ -77,6 +77,7 @@ class BatchedOperator(ABC):
     def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> None:
         """Add each sample's gradients to `grads[k][call.rows[k][sample]]`. Collective."""
 
+    @abstractmethod
     def _check_state(self) -> None:
         """Refuse to run where what was fixed has changed. Not collective."""
 
@@ -108,10 +109,15 @@ class BatchedOperator(ABC):
         device = next((x.device for x in inputs if x.device.type != "cpu"), None)
         return out if device is None else out.to(device)
 
-    def _pullback(self, call: Call, g: Tensor, out: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    def _pullback(
+        self, call: Call, g: Tensor, out: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
         """The gradients of all inputs that want one, each in the shape of its input. Collective."""
         flat = self._flat(inputs)
-        grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) if want else None for x, want in zip(inputs, wanted, strict=True)]
+        grads = [
+            torch.zeros_like(x, memory_format=torch.contiguous_format) if want else None
+            for x, want in zip(inputs, wanted, strict=True)
+        ]
         views = [None if grad is None else grad.numpy().reshape(x.shape) for grad, x in zip(grads, flat, strict=True)]
         size = (call.num_samples, math.prod(self._output_shape))
         self._backward(call, flat, as_numpy(out).reshape(size), as_numpy(g).reshape(size), views)
@@ -131,17 +137,21 @@ class BatchedOperator(ABC):
         if self.comm.size == 1:
             return
         constants = [as_numpy(x).tobytes() for x, given in zip(inputs, self._inputs, strict=True) if not given.is_field]
-        seen = self.comm.allgather((batch, [zlib.crc32(values) for values in constants]))
+        seen = all_values(self.comm, (batch, [zlib.crc32(values) for values in constants]))
         if any(other[0] != seen[0][0] for other in seen):
             raise InvalidInput(f"{self._name}: the batch axes differ between ranks: {[other[0] for other in seen]}.")
         if any(other[1] != seen[0][1] for other in seen):
-            raise InvalidInput(f"{self._name}: the values of a Constant differ between ranks; they must be replicated. Seed all ranks alike.")
+            raise InvalidInput(
+                f"{self._name}: the values of a Constant differ between ranks; they must be replicated. Seed all ranks alike."
+            )
 
 
 def _plan(name: str, inputs: Sequence[object], expected: Sequence[Input]) -> tuple[tuple[int, ...], tuple[NDArray[np.intp], ...]]:
     """Check the tensors of a call and work out who reads what. Not collective."""
     if len(inputs) != len(expected):
-        raise InvalidInput(f"{name} takes {len(expected)} tensors ({', '.join(e.label for e in expected)}); {len(inputs)} were given.")
+        raise InvalidInput(
+            f"{name} takes {len(expected)} tensors ({', '.join(e.label for e in expected)}); {len(inputs)} were given."
+        )
     axes = [_batch_axes(name, x, given) for x, given in zip(inputs, expected, strict=True)]
     if not any(axes):
         return (), (_FIRST_ROW,) * len(axes)
@@ -168,7 +178,9 @@ def _batch_axes(name: str, x: object, given: Input) -> tuple[int, ...]:
     if x.ndim < event or tuple(x.shape[x.ndim - event :]) != given.shape:
         what = f"this rank owns {given.size} coefficients" if given.is_field else "the Constant has that shape"
         hint = " Use fem_vi.distribute to slice a replicated vector." if given.is_field else ""
-        raise InvalidInput(f"{name}: {given.label} has shape {tuple(x.shape)}; its last axes must be {given.shape}, as {what}.{hint}")
+        raise InvalidInput(
+            f"{name}: {given.label} has shape {tuple(x.shape)}; its last axes must be {given.shape}, as {what}.{hint}"
+        )
     return tuple(x.shape[: x.ndim - event])
 
 

@@ -57,9 +57,7 @@ class Solve(BatchedOperator):
         >>> loss.backward()
     """
 
-    def __init__(
-        self, pde: WeakForm, *, petsc_options: Mapping[str, Option] | None = None, factor_budget: int = 2**30
-    ) -> None:
+    def __init__(self, pde: WeakForm, *, petsc_options: Mapping[str, Option] | None = None, factor_budget: int = 2**30) -> None:
         super().__init__(pde.comm, pde.inputs, pde.unknown.shape)
         self.pde = pde
         self._equation = StateEquation(pde, petsc_options or {}, factor_budget)
@@ -109,11 +107,12 @@ class Solve(BatchedOperator):
         for position, row in enumerate(rows):
             if row is not None and position in self._vjp.inputs:
                 row -= self._vjp.input(position)
-        sources = [source for source in self.pde.boundary.sources if rows[source.position] is not None]
-        if sources:
+        if any(rows[source.position] is not None for source in self.pde.boundary.sources):
             at_state = g - self._vjp.state()
-            for source in sources:
-                rows[source.position] += source.gradient(at_state, self.comm)
+            for source in self.pde.boundary.sources:
+                row = rows[source.position]
+                if row is not None:
+                    row += source.gradient(at_state, self.comm)
 
 
 def _which(call: Call, sample: int) -> str:

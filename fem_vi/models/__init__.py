@@ -1,0 +1,1 @@
+"""Systems composed from the parts, one a file."""

@@ -1,0 +1,1 @@
+"""PDEs on meshes, in DOLFINx and PETSc."""

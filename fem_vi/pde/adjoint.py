@@ -74,7 +74,8 @@ class _ConstantGradient:
         variable = ufl.variable(given.symbol)
         replaced = ufl.replace(form, {given.symbol: variable})
         slopes = [
-            integral.reconstruct(ufl.inner(ufl.diff(integral.integrand(), variable), self._direction)) for integral in replaced.integrals()
+            integral.reconstruct(ufl.inner(ufl.diff(integral.integrand(), variable), self._direction))
+            for integral in replaced.integrals()
         ]
         slope = expand_derivatives(ufl.Form(slopes))
         self._form = None if slope.empty() else ScalarForm(slope)

@@ -136,7 +136,9 @@ def _check_condition(space: Any, bc: object, number: int) -> None:
         raise InvalidInput(f"bcs[{number}] is a {type(bc).__name__}; it must come from dolfinx.fem.dirichletbc.")
     same = bc.function_space is space._cpp_object or space._cpp_object.contains(bc.function_space)
     if not same:
-        raise InvalidInput(f"bcs[{number}] is a condition on another function space than the state's; build it on the state's space.")
+        raise InvalidInput(
+            f"bcs[{number}] is a condition on another function space than the state's; build it on the state's space."
+        )
 
 
 def _entries(space: Any, bc: fem.DirichletBC, given: Input, dofs: Dofs) -> Dofs:

@@ -11,14 +11,15 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+
 import numpy as np
 import ufl
 from dolfinx import fem
 from dolfinx.fem import petsc as fem_petsc
-from mpi4py import MPI
 from petsc4py import PETSc
 
 from fem_vi.errors import SolveFailed
+from fem_vi.parallel import max_over_ranks
 from fem_vi.pde import _compat
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.inputs import Array
@@ -175,7 +176,11 @@ class Factor:
         self._residual.axpy(-1.0, self._b)
         size = self._residual.norm()
         if not size <= (RESIDUAL_BOUND if self._direct else max(RESIDUAL_BOUND, 1e3 * ksp.getTolerances()[0])):
-            cause = "the Jacobian is singular or nearly so" if self._direct else "its preconditioner or method does not fit the Jacobian"
+            cause = (
+                "the Jacobian is singular or nearly so"
+                if self._direct
+                else "its preconditioner or method does not fit the Jacobian"
+            )
             raise SolveFailed(f"the linear solver left a relative residual of {size:.1e}: {cause}")
 
     def num_bytes(self) -> int:
@@ -190,7 +195,7 @@ class Factor:
                 local += factor.getInfo(PETSc.Mat.InfoType.LOCAL)["memory"]
         else:
             local *= 3
-        return int(self.matrix.comm.tompi4py().allreduce(local, op=MPI.MAX))
+        return int(max_over_ranks(self.matrix.comm.tompi4py(), local))
 
 
 class FactorPool:

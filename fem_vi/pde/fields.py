@@ -83,7 +83,9 @@ class SpdOperator:
         """
         preconditioner = self._ksp.getPC()
         if preconditioner.getType() not in ("cholesky", "lu") or preconditioner.getFactorSolverType() != "mumps":
-            raise SolveFailed("log det needs a direct factorisation by MUMPS; do not override pc_type for this prior, or use no log_prob.")
+            raise SolveFailed(
+                "log det needs a direct factorisation by MUMPS; do not override pc_type for this prior, or use no log_prob."
+            )
         factor = preconditioner.getFactorMatrix()
         return float(np.log(factor.getMumpsRinfog(12)) + factor.getMumpsInfog(34) * np.log(2.0))
 

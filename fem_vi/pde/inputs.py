@@ -111,6 +111,13 @@ def check_unchanged(given: Input) -> None:
         raise InvalidInput(f"{given.label} has changed since the operator was built. What varies must be listed in inputs=[...].")
 
 
+def create_function_input(given: fem.Function, label: str) -> FunctionInput:
+    """The private copy of a Function; see `create_input`."""
+    if given.x.array.dtype != np.float64:
+        raise InvalidInput(f"{label} has dtype {given.x.array.dtype}; fem_vi works in float64 with real numbers.")
+    return FunctionInput(given, label)
+
+
 def create_input(given: object, label: str) -> Input:
     """The private copy of a Function or Constant.
 
@@ -122,9 +129,7 @@ def create_input(given: object, label: str) -> Input:
         InvalidInput: For anything else.
     """
     if isinstance(given, fem.Function):
-        if given.x.array.dtype != np.float64:
-            raise InvalidInput(f"{label} has dtype {given.x.array.dtype}; fem_vi works in float64 with real numbers.")
-        return FunctionInput(given, label)
+        return create_function_input(given, label)
     if isinstance(given, fem.Constant):
         if np.iscomplexobj(given.value):
             raise InvalidInput(f"{label} is complex; fem_vi works with real numbers.")

@@ -10,7 +10,7 @@ from ufl.algorithms import expand_derivatives
 
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde.boundary import Boundary
-from fem_vi.pde.inputs import create_copies, create_input
+from fem_vi.pde.inputs import create_copies, create_function_input
 from fem_vi.pde.quadrature import pin_quadrature
 
 
@@ -57,7 +57,7 @@ class WeakForm:
         test = _test_function(F, state)
         self.space = state.function_space
         self.comm = self.space.mesh.comm
-        self.unknown = create_input(state, "the state")
+        self.unknown = create_function_input(state, "the state")
         if any(given is state for given in inputs):
             raise InvalidInput("The state is listed among the inputs; it is what Solve returns.")
         varying, self._fixed = create_copies(F, inputs, besides=[state])
@@ -80,7 +80,9 @@ class WeakForm:
             if position not in on_boundary and not any(given.symbol is symbol for symbol in symbols):
                 raise InvalidInput(f"{given.label} occurs neither in the form nor as the value of a Dirichlet condition.")
         if not any(self.state is symbol for symbol in symbols):
-            raise InvalidInput("The state does not occur in the form; use the Function passed as state in place of a TrialFunction.")
+            raise InvalidInput(
+                "The state does not occur in the form; use the Function passed as state in place of a TrialFunction."
+            )
 
     def occurs_in(self, form: ufl.Form) -> tuple[int, ...]:
         """Positions of the inputs that occur in a form derived from this one."""
@@ -114,5 +116,7 @@ def _test_function(F: object, state: object) -> ufl.Argument:
             "place of a TrialFunction."
         )
     if arguments[0].ufl_function_space() != state.function_space:
-        raise UnsupportedForm("The test function of F lives in another space than the state; take ufl.TestFunction(state.function_space).")
+        raise UnsupportedForm(
+            "The test function of F lives in another space than the state; take ufl.TestFunction(state.function_space)."
+        )
     return arguments[0]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fem_vi.errors import FemViError, InvalidInput, RunFolderError
+from fem_vi.errors import InvalidInput, NotFinite, RunFolderError
 from fem_vi.output import (
     HistoryFile,
     create_run_folder,
@@ -31,11 +31,6 @@ from fem_vi.vi.run import COLUMNS, Row, Run, describe_problem, describe_versions
 from fem_vi.vi.session import Session, make_checkpoint, take_checkpoint
 from fem_vi.vi.start import GaussNewton, PresentParameters, default_start
 from fem_vi.vi.state import gather_parameters, is_field
-
-
-class NotFinite(FemViError, ArithmeticError):
-    """A loss or gradient is infinite or not a number."""
-
 
 # A gradient this small, in nats per whitened unit, leaves less than 1e-11 nats to gain, the bound's curvature being at least
 # one there. It occurs at an exact posterior, where nothing but rounding errors is left for Adam to scale up to full steps.
