@@ -289,7 +289,7 @@ def test_unused_nodes_are_dropped_with_a_warning(tmp_path: Path) -> None:
 
 
 @needs_gmsh
-@pytest.mark.parametrize(("format_", "tagged"), zip(GMSH_FORMATS, (0, 0, 2, 2), strict=True))
+@pytest.mark.parametrize(("format_", "tagged"), list(zip(GMSH_FORMATS, (0, 0, 2, 2), strict=True)))
 def test_cells_without_a_group_belong_to_the_mesh(tmp_path: Path, format_: str, tagged: int) -> None:
     write_gmsh(tmp_path / "some.msh", "triangle", 1, format_, save_all=True)  # as MSH 2.2, gmsh then writes no groups at all
     data = read_mesh(tmp_path / "some.msh", MPI.COMM_SELF)
