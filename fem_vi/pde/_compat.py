@@ -23,12 +23,6 @@ def geometry_dofmap(mesh: Any) -> NDArray[np.int32]:
     return np.asarray(geometry.dofmap if DOLFINX_VERSION < (0, 10) else geometry.dofmaps[0])
 
 
-def coordinate_element(mesh: Any) -> Any:
-    """The map from the reference cell to a cell."""
-    geometry = mesh.geometry
-    return geometry.cmap if DOLFINX_VERSION < (0, 10) else geometry.cmaps[0]
-
-
 def bounding_box_tree(mesh: Any, padding: float) -> Any:
     """Bounding boxes of all local cells (keyword-only arguments since 0.10)."""
     return dolfinx.geometry.bb_tree(mesh, mesh.topology.dim, padding=padding)

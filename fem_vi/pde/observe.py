@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import basix
 import numpy as np
-from dolfinx import geometry
-from mpi4py import MPI
 from numpy.typing import NDArray
 
 from fem_vi.errors import InvalidInput
 from fem_vi.pde import _compat
 from fem_vi.pde.inputs import Array, local_size
+from fem_vi.pde.locate import coordinate_element, locate_points
 
 
 @dataclass(frozen=True)
@@ -34,30 +34,6 @@ class PointEvaluation:
     found: NDArray[np.bool_]
 
 
-def find_cells(mesh: Any, points: Array) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """A cell for each point, on one rank only.
-
-    Args:
-        mesh: DOLFINx mesh.
-        points: `(num_points, 3)`, replicated.
-
-    Returns:
-        Local cell of each point that falls to this rank (the lowest of those that have it), -1 for the others; and
-        whether any rank has the point.
-
-    MPI: Collective.
-    """
-    extent = float(np.ptp(mesh.geometry.x, axis=0).max()) if mesh.geometry.x.size else 0.0
-    tree = _compat.bounding_box_tree(mesh, 1e-12 * extent)
-    candidates = geometry.compute_collisions_points(tree, points)
-    colliding = geometry.compute_colliding_cells(mesh, candidates, points)
-    cells = np.array([links[0] if len(links := colliding.links(i)) else -1 for i in range(len(points))], dtype=np.int32)
-    rank, size = mesh.comm.rank, mesh.comm.size
-    lowest = np.empty(len(points), dtype=np.int32)
-    mesh.comm.Allreduce(np.where(cells >= 0, rank, size).astype(np.int32), lowest, op=MPI.MIN)
-    return np.where(lowest == rank, cells, -1).astype(np.int32), lowest < size
-
-
 def evaluate_points(space: Any, points: Array) -> PointEvaluation:
     """The matrix of point evaluation on a function space.
 
@@ -73,10 +49,10 @@ def evaluate_points(space: Any, points: Array) -> PointEvaluation:
     if space.element.num_sub_elements > 0 and space.ufl_element().is_mixed:
         raise InvalidInput("The space is mixed; observe one of its parts, V.sub(i).")
     mesh = space.mesh
-    cells, found = find_cells(mesh, points)
-    here = np.flatnonzero(cells >= 0)
-    dofs = [_cell_dofs(space, cells[i]) for i in here]
-    values = [_basis(space, cells[i], points[i]) for i in here]
+    located = locate_points(mesh, points)
+    here = np.flatnonzero(located.cells >= 0)
+    dofs = [_cell_dofs(space, located.cells[i]) for i in here]
+    values = [_basis(space, located.cells[i], located.reference[i : i + 1]) for i in here]
     block = int(space.ufl_element().block_size)
     value_size = block if block > 1 else int(np.prod(space.value_shape, dtype=int))
     rows = [np.repeat(i * value_size + np.arange(value_size), len(d)) for i, d in zip(here, dofs, strict=True)]
@@ -89,7 +65,7 @@ def evaluate_points(space: Any, points: Array) -> PointEvaluation:
     row, col, weight = (np.concatenate([part[k] for part in gathered]) for k in range(3))
     first = space.dofmap.index_map.local_range[0] * space.dofmap.index_map_bs
     mine = (col >= first) & (col < first + local_size(space)[0]) & (weight != 0.0)
-    return PointEvaluation(row[mine], col[mine] - first, weight[mine], value_size, found)
+    return PointEvaluation(row[mine], col[mine] - first, weight[mine], value_size, located.found)
 
 
 def _cell_dofs(space: Any, cell: int) -> NDArray[np.int64]:
@@ -102,29 +78,33 @@ def _cell_dofs(space: Any, cell: int) -> NDArray[np.int64]:
     return np.asarray(blocks * bs + unrolled % bs, dtype=np.int64)
 
 
-def _basis(space: Any, cell: int, point: Array) -> Array:
-    """Values of the basis functions of a cell at a point, `(value_size, num_dofs)`."""
-    mesh = space.mesh
-    nodes = mesh.geometry.x[_compat.geometry_dofmap(mesh)[cell]][:, : mesh.geometry.dim]
-    reference = _compat.coordinate_element(mesh).pull_back(point[None, : mesh.geometry.dim].copy(), nodes.copy())
+def _basis(space: Any, cell: int, reference: Array) -> Array:
+    """Values of the basis functions of a cell at one point of the reference cell, `(value_size, num_dofs)`."""
     element = space.ufl_element()
     block = int(element.block_size)
     scalar = element.sub_elements[0] if block > 1 else element
     table = scalar.tabulate(0, reference)[0].reshape(1, -1, scalar.dim).transpose(0, 2, 1).copy()
     if space.element.needs_dof_transformations:
-        table = _transform(space, cell, scalar, table, nodes, reference)
+        table = _orient(space, cell, table)
+    if scalar.basix_element.map_type != basix.MapType.identity:
+        table = _push_forward(space.mesh, cell, scalar, table, reference)
     values = table[0].T
     return np.kron(values, np.eye(block)) if block > 1 else values
 
 
-def _transform(space: Any, cell: int, element: Any, table: Array, nodes: Array, reference: Array) -> Array:
-    """Orient the basis functions of a cell, `(1, num_dofs, value_size)`, and push them forward to it."""
+def _orient(space: Any, cell: int, table: Array) -> Array:
+    """Orient the basis functions of a cell, `(1, num_dofs, value_size)`, as its neighbours do."""
     mesh = space.mesh
     mesh.topology.create_entity_permutations()
     oriented = table.ravel().copy()
     space.element.T_apply(oriented, mesh.topology.get_cell_permutation_info()[cell : cell + 1], table.shape[2])
-    geometry_table = mesh.ufl_domain().ufl_coordinate_element().sub_elements[0].tabulate(1, reference)
-    slopes = geometry_table[1:, 0, :]
+    return oriented.reshape(table.shape)
+
+
+def _push_forward(mesh: Any, cell: int, element: Any, table: Array, reference: Array) -> Array:
+    """Basis functions of the reference cell as those of a cell: a Piola map."""
+    nodes = mesh.geometry.x[_compat.geometry_dofmap(mesh)[cell]][:, : mesh.geometry.dim]
+    slopes = coordinate_element(mesh).tabulate(1, reference)[1:, 0, :, 0]
     jacobian = (slopes @ nodes).T[None]
     determinant = np.linalg.det(jacobian)
-    return np.asarray(element.basix_element.push_forward(oriented.reshape(table.shape), jacobian, determinant, np.linalg.inv(jacobian)))
+    return np.asarray(element.basix_element.push_forward(table, jacobian, determinant, np.linalg.inv(jacobian)))
