@@ -53,6 +53,7 @@ class Functional(BatchedOperator):
         copies, self._fixed = create_copies(form, inputs)
         super().__init__(form.ufl_domain().ufl_cargo().comm, copies, ())
         expanded = pin_quadrature(expand_derivatives(ufl.replace(form, {c.given: c.symbol for c in (*copies, *self._fixed)})))
+        self._copies = copies
         self._form = ScalarForm(expanded)
         self._gradient = FormGradient(expanded, copies)
 
@@ -61,7 +62,7 @@ class Functional(BatchedOperator):
             given.check_unchanged()
 
     def _load(self, call: Call, flat: Sequence[Array], sample: int) -> None:
-        for given, value in zip(self._inputs, call.values(flat, sample), strict=True):
+        for given, value in zip(self._copies, call.values(flat, sample), strict=True):
             given.load(value)
 
     def _forward(self, call: Call, flat: Sequence[Array]) -> Array:

@@ -11,8 +11,8 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,10 +23,25 @@ from torch import Tensor
 from fem_vi.bridge.layout import as_numpy
 from fem_vi.errors import InvalidInput, UnsupportedDerivative
 from fem_vi.parallel import all_values, raise_on_all
-from fem_vi.pde.inputs import Array, Input
+from fem_vi.pde.inputs import Array
 
 _calls = itertools.count()
 _FIRST_ROW = np.zeros(1, dtype=np.intp)
+
+
+class Argument(Protocol):
+    """What an operator knows of a tensor that it takes: the axes after the batch axes, and why they are what they are."""
+
+    @property
+    def label(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def size(self) -> int: ...  # noqa: D102
+    @property
+    def is_field(self) -> bool: ...  # noqa: D102
+    @property
+    def layout(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -38,12 +53,14 @@ class Call:
         batch: Broadcast batch axes.
         rows: For each input, the row of its flattened values that each sample reads.
         keep: Whether a backward may follow.
+        saved: What the forward leaves for the backward besides inputs and output, by sample; arrays, no PETSc objects.
     """
 
     number: int
     batch: tuple[int, ...]
     rows: tuple[NDArray[np.intp], ...]
     keep: bool
+    saved: dict[int, Any] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:
@@ -64,7 +81,7 @@ class BatchedOperator(ABC):
         output_shape: Shape of one sample's output.
     """
 
-    def __init__(self, comm: MPI.Comm, inputs: Sequence[Input], output_shape: tuple[int, ...]) -> None:
+    def __init__(self, comm: MPI.Comm, inputs: Sequence[Argument], output_shape: tuple[int, ...]) -> None:
         self.comm = comm
         self._inputs = tuple(inputs)
         self._output_shape = output_shape
@@ -146,7 +163,9 @@ class BatchedOperator(ABC):
             )
 
 
-def _plan(name: str, inputs: Sequence[object], expected: Sequence[Input]) -> tuple[tuple[int, ...], tuple[NDArray[np.intp], ...]]:
+def _plan(
+    name: str, inputs: Sequence[object], expected: Sequence[Argument]
+) -> tuple[tuple[int, ...], tuple[NDArray[np.intp], ...]]:
     """Check the tensors of a call and work out who reads what. Not collective."""
     if len(inputs) != len(expected):
         raise InvalidInput(
@@ -164,7 +183,7 @@ def _plan(name: str, inputs: Sequence[object], expected: Sequence[Input]) -> tup
     return batch, rows
 
 
-def _batch_axes(name: str, x: object, given: Input) -> tuple[int, ...]:
+def _batch_axes(name: str, x: object, given: Argument) -> tuple[int, ...]:
     """The batch axes of one tensor, after checking the rest of it."""
     if not isinstance(x, Tensor):
         raise InvalidInput(f"{name}: {given.label} is a {type(x).__name__}; it must be a torch tensor.")
@@ -176,10 +195,9 @@ def _batch_axes(name: str, x: object, given: Input) -> tuple[int, ...]:
         return ()
     event = len(given.shape)
     if x.ndim < event or tuple(x.shape[x.ndim - event :]) != given.shape:
-        what = f"this rank owns {given.size} coefficients" if given.is_field else "the Constant has that shape"
         hint = " Use fem_vi.distribute to slice a replicated vector." if given.is_field else ""
         raise InvalidInput(
-            f"{name}: {given.label} has shape {tuple(x.shape)}; its last axes must be {given.shape}, as {what}.{hint}"
+            f"{name}: {given.label} has shape {tuple(x.shape)}; its last axes must be {given.shape}, as {given.layout}.{hint}"
         )
     return tuple(x.shape[: x.ndim - event])
 

@@ -45,7 +45,7 @@ class Residual(BatchedOperator):
         self.pde.check_fixed()
 
     def _load(self, call: Call, flat: Sequence[Array], sample: int) -> None:
-        for given, value in zip(self._inputs, call.values(flat, sample), strict=True):
+        for given, value in zip([self.pde.unknown, *self.pde.inputs], call.values(flat, sample), strict=True):
             given.load(value)
 
     def _forward(self, call: Call, flat: Sequence[Array]) -> Array:

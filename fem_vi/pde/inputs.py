@@ -57,6 +57,7 @@ class FunctionInput:
         self.shape: tuple[int, ...] = (local_size(self.space)[0],)
         self.size = self.shape[0]
         self.is_field = True
+        self.layout = f"this rank owns {self.size} coefficients"
         self.coefficients = Coefficients(self.symbol)
         self._frozen = given.x.array.copy()
 
@@ -83,6 +84,7 @@ class ConstantInput:
         self.shape: tuple[int, ...] = tuple(given.value.shape)
         self.size = int(np.prod(self.shape))
         self.is_field = False
+        self.layout = "the Constant has that shape"
         self._frozen = np.array(given.value)
 
     def load(self, values: Array) -> None:
