@@ -99,20 +99,9 @@ class Solve(BatchedOperator):
             except SolveFailed as error:
                 raise SolveFailed(f"Solve: {_which(call, sample)}: adjoint: {error}.") from error
             self._vjp.load(lam)
-            self._add_gradients(call, sample, g[sample], grads)
+            rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
+            self._vjp.add_implicit(g[sample], rows)
             self._equation.factors.release(key)
-
-    def _add_gradients(self, call: Call, sample: int, g: Array, grads: Sequence[Array | None]) -> None:
-        rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
-        for position, row in enumerate(rows):
-            if row is not None and position in self._vjp.inputs:
-                row -= self._vjp.input(position)
-        if any(rows[source.position] is not None for source in self.pde.boundary.sources):
-            at_state = g - self._vjp.state()
-            for source in self.pde.boundary.sources:
-                row = rows[source.position]
-                if row is not None:
-                    row += source.gradient(at_state, self.comm)
 
 
 def _which(call: Call, sample: int) -> str:

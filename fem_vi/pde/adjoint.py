@@ -122,3 +122,25 @@ class ResidualVjp:
     def input(self, position: int) -> Array:
         """lam^T dr/dm for one input at what is loaded; see `FormGradient.assemble`. Collective."""
         return self._gradient.assemble(1 + position)
+
+    def add_implicit(self, g: Array, rows: Sequence[Array | None]) -> None:
+        """Add dL/dm of each input, for the u with F(u, m) = 0, a cotangent g = dL/du, and lam = (dF/du)^-T g.
+
+        lam, u and m are loaded. Inputs in the form get -lam^T dF/dm, prescribed values g - (dF/du)^T lam on their dofs.
+
+        Args:
+            g: Owned entries, `(n_owned,)`.
+            rows: For each input, what its derivative is added to; None where it is not wanted.
+
+        MPI: Collective.
+        """
+        for position, row in enumerate(rows):
+            if row is not None and position in self.inputs:
+                row -= self.input(position)
+        sources = self.pde.boundary.sources
+        if any(rows[source.position] is not None for source in sources):
+            at_state = g - self.state()
+            for source in sources:
+                row = rows[source.position]
+                if row is not None:
+                    row += source.gradient(at_state, self.pde.comm)
