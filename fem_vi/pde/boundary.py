@@ -111,9 +111,11 @@ class Boundary:
         for source in self.sources:
             x[source.dofs] = source.values()
 
-    def changed(self) -> bool:
-        """Whether the caller has changed a prescribed value that is not an input. Not collective."""
-        return any((_current(value) != frozen).any() for value, frozen in self._watched)
+    def changed(self, besides: Sequence[fem.Function | fem.Constant] = ()) -> bool:
+        """Whether the caller has changed a prescribed value that is no input, nor one of `besides`. Not collective."""
+        known = [given._cpp_object for given in besides]
+        watched = [(value, frozen) for value, frozen in self._watched if not any(value is other for other in known)]
+        return any((_current(value) != frozen).any() for value, frozen in watched)
 
     def values(self) -> Array:
         """Prescribed values at the owned prescribed dofs `owned`."""

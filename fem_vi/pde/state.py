@@ -49,12 +49,13 @@ class StateEquation:
         if state is not None:
             self.pde.unknown.load(state)
 
-    def solve(self, values: Sequence[Array], key: Hashable) -> Array:
+    def solve(self, values: Sequence[Array], key: Hashable, start: Array | None = None) -> Array:
         """Solve for the state.
 
         Args:
             values: Owned values of each input.
             key: Names the values of the inputs `jacobian_inputs`; equal on all ranks.
+            start: Owned coefficients that SNES starts from, where not from the weak form's initial guess.
 
         Returns:
             Owned coefficients of the state, `(n_owned,)`.
@@ -65,7 +66,7 @@ class StateEquation:
         MPI: Collective.
         """
         self.load(values)
-        u = self._solver.solve(key)
+        u = self._solver.solve(key, start)
         self._options.warn_unused()
         return u
 
@@ -108,7 +109,8 @@ class _LinearSolve:
         self._owned = owned
         self._fixed_source: Array | None = None
 
-    def solve(self, key: Hashable) -> Array:
+    def solve(self, key: Hashable, start: Array | None) -> Array:
+        del start
         factor = self._factors.get(key)
         lifting = self._pde.unknown.coefficients.array
         lifting.fill(0.0)
@@ -150,11 +152,14 @@ class _NonlinearSolve:
         self._snes.setJacobian(_Jacobian(factors, pde.unknown).evaluate, self._matrix)
         self._snes.setFromOptions()
 
-    def solve(self, key: Hashable) -> Array:
+    def solve(self, key: Hashable, start: Array | None) -> Array:
         del key
-        start = self._pde.initial_guess.copy()
-        self._pde.boundary.apply(start)
-        self._x.array_w[:] = start[: self._x.getLocalSize()]
+        guess = self._pde.initial_guess.copy()
+        owned = guess[: self._x.getLocalSize()]
+        if start is not None:
+            owned[:] = start
+        self._pde.boundary.apply(guess)
+        self._x.array_w[:] = owned
         try:
             self._snes.solve(None, self._x)
         except PETSc.Error as error:

@@ -55,6 +55,7 @@ class WeakForm:
         bcs: Sequence[fem.DirichletBC] = (),
     ) -> None:
         test = _test_function(F, state)
+        self._given = F, state, tuple(inputs), tuple(bcs)
         self.space = state.function_space
         self.comm = self.space.mesh.comm
         self.unknown = create_function_input(state, "the state")
@@ -89,15 +90,22 @@ class WeakForm:
         symbols = [*form.coefficients(), *form.constants()]
         return tuple(k for k, given in enumerate(self.inputs) if any(given.symbol is symbol for symbol in symbols))
 
-    def check_fixed(self) -> None:
-        """Refuse to go on where a Function or Constant that is not an input has been changed. Not collective.
+    def with_inputs(self, *others: fem.Function | fem.Constant) -> WeakForm:
+        """The same PDE, on copies of its own, where `others` vary too; they come after the inputs. Collective."""
+        self.check_fixed(besides=others)
+        F, state, inputs, bcs = self._given
+        return WeakForm(F, state=state, inputs=[*inputs, *others], bcs=bcs)
+
+    def check_fixed(self, besides: Sequence[fem.Function | fem.Constant] = ()) -> None:
+        """Refuse to go on where a Function or Constant that is no input, nor one of `besides`, has been changed. Not collective.
 
         Raises:
             InvalidInput: Naming what changed.
         """
         for given in self._fixed:
-            given.check_unchanged()
-        if self.boundary.changed():
+            if not any(given.given is other for other in besides):
+                given.check_unchanged()
+        if self.boundary.changed(besides):
             raise InvalidInput(
                 "The value of a Dirichlet condition has changed since the WeakForm was built. "
                 "What varies must be listed in WeakForm(inputs=[...])."
