@@ -28,7 +28,7 @@ from fem_vi.bridge.field_file import write_fields
 from fem_vi.bridge.layout import all_sum, as_numpy, gather, localise, num_global, num_owned, owned_range
 from fem_vi.errors import InvalidInput
 from fem_vi.noise import standard_normal
-from fem_vi.parallel import raise_on_all, shared_seed
+from fem_vi.parallel import all_values, raise_on_all, shared_seed
 from fem_vi.pde.factors import Option
 from fem_vi.pde.fields import SpdOperator, check_vertex_space, lumped_mass, node_names
 
@@ -109,7 +109,7 @@ class MaternField(Distribution):
         check_vertex_space(V)
         self.comm = V.mesh.comm
         with raise_on_all(self.comm):
-            _check_parameters(std, length)
+            _check_parameters(std, length, mean, num_owned(V))
         self.V, self.std, self.length = V, std, length
         self.num_global = num_global(V)
         d = V.mesh.topology.dim
@@ -160,7 +160,7 @@ class MaternField(Distribution):
         """
         key = shared_seed(self.comm, int(torch.randint(2**62, ())))
         shape = torch.Size(sample_shape)
-        return torch.from_numpy(standard_normal(key, shape.numel(), self._names)).reshape(*shape, -1)
+        return torch.from_numpy(standard_normal(key, shape.numel(), self._names)).reshape(shape + self.event_shape)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws, `(*sample_shape, n_owned)`; the same on any number of ranks. Collective."""
@@ -169,14 +169,14 @@ class MaternField(Distribution):
     def unwhiten(self, xi: Tensor) -> Tensor:
         """m = mean + C^(1/2) xi for field tensors xi `(*batch, n_owned)`; differentiable. Collective."""
         self._check(xi, "xi")
-        load = self._mass.sqrt() * xi.reshape(-1, xi.shape[-1])
+        load = self._mass.sqrt() * _rows(xi)
         x = _Solve.apply(load, self._operator)  # type: ignore[no-untyped-call]
         return self._mean + x.reshape(xi.shape) / self._tau
 
     def whiten(self, m: Tensor) -> Tensor:
         """xi = C^(-1/2) (m - mean), the inverse of `unwhiten`; differentiable. Collective."""
         self._check(m, "m")
-        x = (m - self._mean).reshape(-1, m.shape[-1])
+        x = _rows(m - self._mean)
         load = _Multiply.apply(x, self._operator)  # type: ignore[no-untyped-call]
         return (load / self._mass.sqrt()).reshape(m.shape) * self._tau
 
@@ -207,6 +207,9 @@ class MaternField(Distribution):
 
     def scatter(self, x: Tensor) -> Tensor:
         """The inverse of `gather`: the owned part of what is replicated; differentiable. Collective."""
+        with raise_on_all(self.comm):
+            if x.ndim == 0 or x.shape[-1] != self.num_global:
+                raise InvalidInput(f"scatter: x has shape {tuple(x.shape)}; its last axis must have {self.num_global} entries.")
         first, last = owned_range(self.V)
         return self.localise(x)[..., torch.argsort(self._file_order())[first:last]]
 
@@ -225,6 +228,9 @@ class MaternField(Distribution):
                 raise InvalidInput(
                     f"MaternField: {name} has shape {tuple(x.shape)}; its last axis must be {self.event_shape[0]} (owned)."
                 )
+        batches = all_values(self.comm, tuple(x.shape[:-1]))
+        if any(batch != batches[0] for batch in batches):
+            raise InvalidInput(f"MaternField: the batch axes of {name} differ between ranks: {batches}.")
 
     def _exact_variance(self) -> Tensor:
         """Row norms of C^(1/2): unit vectors of all ranks, a block at a time."""
@@ -246,7 +252,16 @@ class MaternField(Distribution):
         return total / 1000
 
 
-def _check_parameters(std: float, length: float) -> None:
+def _rows(x: Tensor) -> Tensor:
+    """All batch axes as one (counted, since a rank may own no entries)."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _check_parameters(std: float, length: float, mean: float | Tensor, size: int) -> None:
     for name, value in (("std", std), ("length", length)):
         if not (math.isfinite(value) and value > 0):
             raise InvalidInput(f"MaternField: {name} is {value}; it must be positive.")
+    if isinstance(mean, Tensor) and tuple(mean.shape) not in ((), (size,)):
+        raise InvalidInput(
+            f"MaternField: mean has shape {tuple(mean.shape)}; it must be a number or have shape {(size,)} (owned)."
+        )

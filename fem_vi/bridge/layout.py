@@ -34,7 +34,7 @@ class FunctionSpace(Protocol):
 
 def _sum_over_ranks(x: Tensor, comm: MPI.Comm) -> Tensor:
     if comm.size == 1:
-        return x
+        return x.clone()  # not a view: what is done to the sum in place must not reach x on any number of ranks
     total = x.detach().to("cpu").contiguous().clone()
     comm.Allreduce(MPI.IN_PLACE, total.numpy(), op=MPI.SUM)
     return total.to(x.device)
@@ -45,7 +45,7 @@ class _AllSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: MPI.Comm) -> Tensor:
-        return _sum_over_ranks(x, comm).view_as(x)
+        return _sum_over_ranks(x, comm)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

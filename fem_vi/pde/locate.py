@@ -92,12 +92,14 @@ def _pull_back(mesh: Any, cells: NDArray[np.int32], points: Array) -> tuple[Arra
     Returns:
         Reference coordinates `(num_pairs, tdim)`, and whether the point lies in the cell.
     """
+    if len(cells) == 0:  # Basix does not take an empty array
+        return np.zeros((0, mesh.topology.dim)), np.zeros(0, dtype=np.bool_)
     element = coordinate_element(mesh)
     nodes = mesh.geometry.x[_compat.geometry_dofmap(mesh)[cells]][:, :, : mesh.geometry.dim]
-    rounding = 1e-14 * np.abs(nodes).max(axis=(1, 2), initial=0.0)
+    rounding = 1e-14 * np.abs(nodes).max(axis=(1, 2))
     origin = nodes[:, :1].copy()
     nodes, targets = nodes - origin, points - origin[:, 0]  # digits are not to be lost where coordinates are large
-    size = np.ptp(nodes, axis=1).max(axis=1, initial=0.0)
+    size = np.ptp(nodes, axis=1).max(axis=1)
     reference = np.tile(basix.geometry(mesh.basix_cell()).mean(axis=0), (len(cells), 1))
     for _ in range(30):
         table = element.tabulate(1, reference)[..., 0]
@@ -105,12 +107,12 @@ def _pull_back(mesh: Any, cells: NDArray[np.int32], points: Array) -> tuple[Arra
         missing = targets - np.einsum("pn,pni->pi", table[0], nodes)
         step = np.einsum("pti,pi->pt", np.linalg.pinv(slopes), missing)
         reference += np.clip(step, -1.0, 1.0)  # far from its cell a point has no meaning, and need not converge
-        if np.abs(step).max(initial=0.0) < 1e-15:
+        if np.abs(step).max() < 1e-15:
             break
     missing = targets - np.einsum("pn,pni->pi", element.tabulate(0, reference)[0, ..., 0], nodes)
     tolerance = TOLERANCE + rounding / size
     inside = _outside_by(mesh, reference) <= tolerance
-    return reference, inside & (np.abs(missing).max(axis=1, initial=0.0) <= tolerance * size)
+    return reference, inside & (np.abs(missing).max(axis=1) <= tolerance * size)
 
 
 def _outside_by(mesh: Any, reference: Array) -> Array:
