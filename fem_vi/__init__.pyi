@@ -1,4 +1,7 @@
 # The public names of fem_vi.
+from .bridge.convert import to_function as to_function
+from .bridge.convert import to_tensor as to_tensor
+from .bridge.evolve import Evolve as Evolve
 from .bridge.field_file import write_fields as write_fields
 from .bridge.field_prior import MaternField as MaternField
 from .bridge.functional import Functional as Functional
@@ -25,6 +28,9 @@ from .parallel import ProcessGrid as ProcessGrid
 from .pde.mesh import MeshData as MeshData
 from .pde.mesh import read_mesh as read_mesh
 from .pde.weak_form import WeakForm as WeakForm
+from .plot import plot_field as plot_field
+from .plot import save_figure as save_figure
+from .report import report as report
 from .vi.diagnostics import Diagnosis as Diagnosis
 from .vi.diagnostics import diagnose as diagnose
 from .vi.fit import fit as fit

@@ -133,8 +133,17 @@ def node_names(V: Any) -> NDArray[np.int64]:
         `(n_owned,)`.
     """
     owned, total = local_size(V)
-    dofs = V.dofmap.list
-    nodes = _compat.geometry_dofmap(V.mesh)[:, : dofs.shape[1]]
     names = np.empty(total, dtype=np.int64)
-    names[dofs.ravel()] = np.asarray(V.mesh.geometry.input_global_indices)[nodes.ravel()]
+    names[V.dofmap.list.ravel()] = _corner_names(V).ravel()
     return names[:owned]
+
+
+def cell_nodes(V: Any) -> NDArray[np.int64]:
+    """The names of the corners of each cell that this rank owns, `(num_cells, num_corners)`; see `node_names`."""
+    mesh = V.mesh
+    return _corner_names(V)[: mesh.topology.index_map(mesh.topology.dim).size_local]
+
+
+def _corner_names(V: Any) -> NDArray[np.int64]:
+    nodes = _compat.geometry_dofmap(V.mesh)[:, : V.dofmap.list.shape[1]]  # corners come first
+    return np.asarray(V.mesh.geometry.input_global_indices)[nodes]

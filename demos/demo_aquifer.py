@@ -1,0 +1,193 @@
+# # How well does water flow through this aquifer?
+#
+# Sixty wells tell the height of the water table. What they cannot tell directly is the transmissivity of the ground between
+# them. We ask for all transmissivity fields that explain the heads, and how probable each is: a posterior.
+#
+# Steady flow in the plane, with heads $h$ [m] and log-transmissivity $m$,
+#
+# $$-\nabla \cdot (T_0 e^m \nabla h) = 0,$$
+#
+# with the river's head in the south-west, an inflow from the north, a pumping well, and impermeable ground around the rest.
+# A priori $m$ is a Gaussian field with Matern covariance. Lengths are in km, $T_0$ in m^2/d.
+#
+#     python demos/demo_aquifer.py                               # the wells of demos/aquifer/heads.csv
+#     mpirun -n 2 python demos/demo_aquifer.py                   # the same on two ranks
+#     python demos/demo_aquifer.py --mesh my.msh --heads my.csv  # your aquifer: see README
+#
+# The data come from a mesh three times finer, with quadratic elements and a field that was drawn by another method
+# (make_aquifer_data.py).
+
+import argparse
+import csv
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import ufl
+from dolfinx import fem
+from mpi4py import MPI
+from rich.table import Table
+from scipy.interpolate import NearestNDInterpolator
+
+import fem_vi
+
+HERE = Path(__file__).parent
+STD, LENGTH = 0.5, 0.35  # prior of the log-transmissivity [-], its correlation length [km]
+TRANSMISSIVITY = 100.0  # its geometric mean T_0 [m^2/d]
+INFLOW = 900.0  # over each kilometre of the northern boundary [m^3/d/km]
+PUMPING, RADIUS = 600.0, 0.02  # out of the well [m^3/d], whose radius is 20 m [km]
+RIVER = 0.0  # head of the river [m]
+
+
+# ## The equation, in weak form
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The weak form, and the spaces of heads and log-transmissivities."""
+
+    pde: fem_vi.WeakForm
+    heads: Any
+    coefficients: Any
+
+
+def aquifer_flow(data: fem_vi.MeshData, degree: int = 1) -> Flow:
+    """Flow on a mesh with facets called river, inflow and well."""
+    V = fem.functionspace(data.mesh, ("Lagrange", degree))
+    M = fem.functionspace(data.mesh, ("Lagrange", 1))
+    h, m, v = fem.Function(V), fem.Function(M, name="m"), ufl.TestFunction(V)
+    ds = ufl.Measure("ds", data.mesh, subdomain_data=data.facet_tags)
+
+    F = TRANSMISSIVITY * ufl.exp(m) * ufl.inner(ufl.grad(h), ufl.grad(v)) * ufl.dx
+    F -= INFLOW * v * ds(data.facet_tag("inflow"))
+    F += PUMPING / (2 * np.pi * RADIUS) * v * ds(data.facet_tag("well"))
+
+    river = fem.dirichletbc(RIVER, fem.locate_dofs_topological(V, 1, data.facets("river")), V)
+    return Flow(fem_vi.WeakForm(F, state=h, inputs=[m], bcs=[river]), V, M)
+
+
+def read_columns(path: Path) -> np.ndarray:
+    """The numbers of a CSV file with one line of names."""
+    with path.open() as file:
+        return np.array([[float(x) for x in row] for row in list(csv.reader(file))[1:]])
+
+
+# ## The posterior
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Read, fit, check, draw."""
+    started = time.perf_counter()
+    comm = MPI.COMM_WORLD
+    data = fem_vi.read_mesh(arguments.mesh, comm)
+    wells = read_columns(arguments.heads)  # x [km], y [km], head [m], standard deviation of its noise [m]
+    flow = aquifer_flow(data)
+
+    solve = fem_vi.Solve(flow.pde, petsc_options={"pc_type": "cholesky"})
+    observe = fem_vi.PointObservation(flow.heads, wells[:, :2])
+    prior = fem_vi.MaternField(flow.coefficients, std=STD, length=LENGTH)
+    likelihood = fem_vi.GaussianNoise(std=torch.from_numpy(wells[:, 3]))
+    problem = fem_vi.InverseProblem(prior, lambda m: observe(solve(m)), likelihood, torch.from_numpy(wells[:, 2]))
+
+    posterior = fem_vi.LowRankNormal(prior, rank=60)
+    run = fem_vi.fit(problem, posterior, fem_vi.ELBO(samples=16), steps=arguments.steps, path=arguments.out)
+    diagnosis = fem_vi.diagnose(problem, posterior, samples=500)
+
+    q = posterior()
+    mean, sd = q.mean.detach(), q.variance.detach().sqrt()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        predicted = observe(solve(q.rsample((200,))))
+    truth = read_truth(arguments.truth, flow.coefficients)
+    seconds = time.perf_counter() - started
+
+    coverage = {p: float("nan") for p in (0.5, 0.9)}
+    if truth is not None:
+        for p, z in ((0.5, 0.6745), (0.9, 1.6449)):
+            inside = ((truth - mean).abs() < z * sd).to(torch.float64).sum()
+            coverage[p] = float(fem_vi.all_sum(inside, comm)) / prior.num_global
+
+    last = run.history[-1]
+    table = Table("quantity", "value", title=f"Aquifer: {prior.num_global} unknowns, {len(wells)} wells, {comm.size} rank(s)")
+    table.add_row("misfit of the mean, per datum (1 is the noise)", f"{diagnosis.chi2:.2f}")
+    table.add_row("KL(posterior, prior)", f"{last.kl:.1f} nats")
+    table.add_row("ELBO", f"{diagnosis.elbo:.1f} +- {diagnosis.elbo_error:.1f} nats")
+    if truth is not None:
+        table.add_row("truth inside the 50 % band", f"{100 * coverage[0.5]:.0f} % of the nodes")
+        table.add_row("truth inside the 90 % band", f"{100 * coverage[0.9]:.0f} % of the nodes")
+    table.add_row("solves of the fit (forward and adjoint)", f"{run.cost.solves}")
+    table.add_row("wall time", f"{seconds:.0f} s")
+    fem_vi.report(comm, diagnosis, table, f"Picture: {arguments.out / 'aquifer.png'}; fields for ParaView beside it.")
+
+    figure = draw(flow.coefficients, truth, mean, sd, wells, run, predicted)
+    fem_vi.save_figure(figure, arguments.out / "aquifer.png", comm)
+
+    # ## Check
+    #
+    # The mean explains the heads to within their noise, the bands hold the truth about as often as they say, and the
+    # data have taught us something: far from the wells' information the field stays uncertain, near them it does not.
+    assert diagnosis.chi2 < 1.5, "the mean does not explain the heads"
+    assert last.kl > 10, "the data taught us nothing"
+    if truth is not None:
+        assert 0.35 < coverage[0.5] < 0.75, coverage
+        assert 0.75 < coverage[0.9] <= 1.0, coverage
+
+
+def read_truth(path: Path, M: Any) -> torch.Tensor | None:
+    """The field behind the data, where it is known, on the nodes of the mesh."""
+    if not path.exists():
+        return None
+    table = read_columns(path)
+    at = NearestNDInterpolator(table[:, :2], table[:, 2])
+    truth = fem.Function(M)
+    truth.interpolate(lambda x: at(x[0], x[1]))
+    return fem_vi.to_tensor(truth)
+
+
+# ## Picture
+
+
+def draw(
+    M: Any, truth: torch.Tensor | None, mean: torch.Tensor, sd: torch.Tensor, wells: np.ndarray, run: fem_vi.Run, heads: torch.Tensor
+) -> plt.Figure:
+    """Truth, mean and standard deviation with the wells; the ELBO; predicted against observed heads."""
+    figure = plt.figure(figsize=(13, 6.4), layout="constrained")
+    axes = figure.subplot_mosaic([["truth", "mean", "sd"], ["elbo", "heads", "heads"]], height_ratios=[1, 0.9])
+    panels = {"truth": (truth, "true log-transmissivity"), "mean": (mean, "posterior mean"), "sd": (sd, "posterior standard deviation")}
+    for name, (field, title) in panels.items():
+        ax = axes[name]
+        ax.set_title(title)
+        ax.axis("off")
+        if field is None:
+            ax.text(0.5, 0.5, "unknown", ha="center", transform=ax.transAxes)
+            continue
+        style = {"cmap": "magma", "vmin": 0.0} if name == "sd" else {"cmap": "viridis", "vmin": -1.5, "vmax": 1.5}
+        figure.colorbar(fem_vi.plot_field(ax, M, field, **style), ax=ax, shrink=0.75)
+        ax.plot(wells[:, 0], wells[:, 1], "o", mfc="white", mec="black", ms=3.5, mew=0.8)
+
+    elbo = np.array([row.elbo for row in run.history])
+    axes["elbo"].plot([row.step for row in run.history], elbo, lw=0.8)
+    axes["elbo"].set_ylim(np.quantile(elbo, 0.02) - 5, elbo.max() + 5)
+    axes["elbo"].set(xlabel="step", ylabel="ELBO [nats]", title="evidence lower bound")
+    median, low, high = (torch.quantile(heads, p, dim=0).numpy() for p in (0.5, 0.05, 0.95))
+    observed = wells[:, 2]
+    axes["heads"].errorbar(observed, median, [median - low, high - median], fmt="o", ms=3, lw=0.8, label="median, 90 % interval")
+    ends = [observed.min(), observed.max()]
+    axes["heads"].plot(ends, ends, "k-", lw=0.6, label="equal")
+    axes["heads"].set(xlabel="observed head [m]", ylabel="predicted head [m]", title="heads at the wells")
+    axes["heads"].legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A posterior of an aquifer's transmissivity from heads at wells.")
+    parser.add_argument("--mesh", type=Path, default=HERE.parent / "meshes" / "aquifer.msh")
+    parser.add_argument("--heads", type=Path, default=HERE / "aquifer" / "heads.csv")
+    parser.add_argument("--truth", type=Path, default=HERE / "aquifer" / "truth.csv")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--out", type=Path, default=Path("runs") / "aquifer")
+    main(parser.parse_args())

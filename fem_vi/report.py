@@ -1,0 +1,20 @@
+"""Words and tables for a person, once and not once a rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+
+def report(comm: Any, *what: object) -> None:
+    """Print on rank 0: text, rich tables, a `Diagnosis`.
+
+    Args:
+        comm: Communicator whose rank 0 prints.
+        what: Anything that rich can render.
+
+    MPI: Not collective.
+    """
+    if comm.rank == 0:
+        Console().print(*what)
