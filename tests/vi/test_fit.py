@@ -19,7 +19,7 @@ from fem_vi import output
 from fem_vi.errors import InvalidInput, RunFolderError
 from fem_vi.vi.fit import NotFinite, fit
 from fem_vi.vi.likelihood import GaussianNoise
-from fem_vi.vi.objective import ELBO
+from fem_vi.vi.objective import ELBO, AnalyticKL, PathDerivative
 from fem_vi.vi.optimizer import Adam, Constant, Cosine
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.low_rank import LowRankNormal
@@ -74,6 +74,18 @@ def test_stays_at_the_exact_posterior():
     run = fit(affine.problem(), LowRankNormal(affine.prior, 3), ELBO(samples=2), steps=50)
     assert all(abs(row.elbo - affine.log_evidence()) < 1e-6 for row in run.history)
     torch.testing.assert_close(run.posterior().variance, affine.posterior().variance)
+
+
+@pytest.mark.parametrize("gradient", [PathDerivative(), AnalyticKL()])
+def test_stays_at_the_exact_posterior_of_precise_data(gradient):
+    # Curvatures above 1e6: the rounding errors of the gradient are large, those of the evidence are not.
+    affine = Affine.create(std=1e-3)
+    run = fit(affine.problem(), LowRankNormal(affine.prior, 3), ELBO(samples=2, gradient=gradient), steps=20)
+    assert all(row.grad_norm > 1e-3 for row in run.history)
+    torch.testing.assert_close(run.posterior().mean, affine.posterior().mean, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(run.posterior().variance, affine.posterior().variance, rtol=1e-8, atol=0.0)
+    if isinstance(gradient, PathDerivative):
+        assert all(abs(row.elbo - affine.log_evidence()) < 1e-4 for row in run.history)
 
 
 def test_mean_field_from_the_prior():
