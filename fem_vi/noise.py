@@ -28,7 +28,7 @@ def standard_normal(key: int, num_samples: int, nodes: NDArray[np.int64]) -> NDA
     """Independent standard normal numbers, one for each sample and node.
 
     Args:
-        key: 64-bit key of the draw, replicated.
+        key: 64-bit key of the draw, replicated; not zero, for which row i of node j is row j of node i.
         num_samples: Rows.
         nodes: Names of the owned nodes that do not depend on the partition, `(n_owned,)`.
 

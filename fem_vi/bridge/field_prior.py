@@ -158,7 +158,7 @@ class MaternField(Distribution):
 
         The key comes from torch's default generator on rank 0. Collective.
         """
-        key = shared_seed(self.comm, int(torch.randint(2**62, ())))
+        key = shared_seed(self.comm, int(torch.randint(1, 2**62, ())))
         shape = torch.Size(sample_shape)
         return torch.from_numpy(standard_normal(key, shape.numel(), self._names)).reshape(shape + self.event_shape)
 
@@ -247,7 +247,7 @@ class MaternField(Distribution):
         total = torch.zeros(self.event_shape, dtype=torch.float64)
         with torch.no_grad():
             for block in range(20):
-                xi = torch.from_numpy(standard_normal(block, 50, self._names))
+                xi = torch.from_numpy(standard_normal(1 + block, 50, self._names))
                 total += (self.unwhiten(xi) - self._mean).square().sum(0)
         return total / 1000
 

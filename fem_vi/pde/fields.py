@@ -56,6 +56,8 @@ class SpdOperator:
 
         MPI: Collective.
         """
+        if len(b) == 0:
+            return np.zeros_like(b)
         right, left = self._dense(np.array(b)), self._dense(np.zeros_like(b))
         self._ksp.matSolve(right, left)
         reason = self._ksp.getConvergedReason()
