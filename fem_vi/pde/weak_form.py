@@ -96,6 +96,13 @@ class WeakForm:
         F, state, inputs, bcs = self._given
         return WeakForm(F, state=state, inputs=[*inputs, *others], bcs=bcs)
 
+    def fixes(self, given: fem.Function | fem.Constant) -> bool:
+        """Whether something occurs in the form or as the value of a Dirichlet condition, without being an input."""
+        values = [bc.g for bc in self.boundary.bcs]
+        if any(given is other.given for other in self.inputs):
+            return False
+        return any(given is other.given for other in self._fixed) or any(given._cpp_object is value for value in values)
+
     def check_fixed(self, besides: Sequence[fem.Function | fem.Constant] = ()) -> None:
         """Refuse to go on where a Function or Constant that is no input, nor one of `besides`, has been changed. Not collective.
 

@@ -1,0 +1,169 @@
+"""One time step: F(u_new, u_old, m, t, dt; v) = 0, its adjoint, and the factors that steps share.
+
+With u_new = S(u_old, m) and a cotangent g of u_new,
+
+    (dF/du_new)^T lam = g,      dL/du_old += -(dF/du_old)^T lam,      dL/dm += -(dF/dm)^T lam,
+
+so the old state is an input of the step like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fem_vi.errors import SolveFailed
+from fem_vi.pde.adjoint import ResidualVjp
+from fem_vi.pde.factors import Option
+from fem_vi.pde.inputs import Array
+from fem_vi.pde.state import StateEquation
+from fem_vi.pde.weak_form import WeakForm
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The inputs of one trajectory.
+
+    Attributes:
+        number: Counts calls; equal on all ranks.
+        sample: Which sample of the call.
+        rows: For each input, which row of the call's values this is: samples that read the same row share it.
+        values: For each input `(size,)`, or `(num_steps, size)` where it depends on time.
+    """
+
+    number: int
+    sample: int
+    rows: tuple[int, ...]
+    values: tuple[Array, ...]
+
+
+class TimeStep:
+    """A weak form as a map from the old state to the new one.
+
+    Args:
+        pde: The weak form. Its inputs are those of the trajectory, then the old state, then one Constant for each clock.
+        time_dependent: For each input of the trajectory, whether it has one value for each step.
+        clocks: The values of a Constant in each step, `(num_steps,)`, such as the time or the step size.
+        petsc_options: SNES, KSP and PC options, without prefix.
+        factor_budget: Bytes per rank for kept factorisations.
+
+    Attributes:
+        num_solved: Steps taken so far, those computed again included.
+
+    MPI: Collective.
+    """
+
+    def __init__(
+        self,
+        pde: WeakForm,
+        *,
+        time_dependent: Sequence[bool],
+        clocks: Sequence[Array],
+        petsc_options: Mapping[str, Option],
+        factor_budget: int,
+    ) -> None:
+        self.pde = pde
+        self.num_solved = 0
+        self._time_dependent = tuple(time_dependent)
+        self._clocks = tuple(clocks)
+        self._equation = StateEquation(pde, petsc_options, factor_budget)
+        self._vjp = ResidualVjp(pde)
+        self._previous = len(self._time_dependent)
+        self._new_each_step = not pde.is_linear or any(
+            k == self._previous or (k < self._previous and self._time_dependent[k]) for k in self._equation.jacobian_inputs
+        )
+
+    @property
+    def num_factorisations(self) -> int:
+        """Factorisations so far, without those inside SNES."""
+        return self._equation.factors.num_factorisations
+
+    def advance(self, given: Trajectory, step: int, old: Array, *, keep: bool) -> Array:
+        """Solve for the new state, from the old one as initial guess.
+
+        Args:
+            given: The inputs.
+            step: Which step, from 0.
+            old: Owned coefficients of the old state, `(n_owned,)`.
+            keep: Whether the adjoint of this step may follow.
+
+        Returns:
+            Owned coefficients of the new state, an array of its own.
+
+        Raises:
+            SolveFailed: On every rank, where a solver did not converge.
+
+        MPI: Collective.
+        """
+        key = self._key(given, step)
+        new = self._equation.solve(self._values(given, step, old), key, start=old)
+        self.num_solved += 1
+        if self._new_each_step and not keep:
+            self._equation.factors.release(key)
+        return new
+
+    def pull_back(
+        self, given: Trajectory, step: int, states: tuple[Array, Array], g: Array, rows: Sequence[Array | None]
+    ) -> Array:
+        """The adjoint of `advance`.
+
+        Args:
+            given: The inputs.
+            step: Which step, from 0.
+            states: Owned coefficients of the old and the new state.
+            g: Owned cotangent of the new state.
+            rows: For each input, what its gradient is added to, in the shape of its values; None where it is not wanted.
+
+        Returns:
+            Owned cotangent of the old state.
+
+        Raises:
+            SolveFailed: On every rank, where the solver did not converge.
+
+        MPI: Collective.
+        """
+        key = self._key(given, step)
+        old, new = states
+        try:
+            lam = self._equation.solve_adjoint(self._values(given, step, old), new, g, key)
+        except SolveFailed as error:
+            raise SolveFailed(f"adjoint: {error}") from error
+        self._vjp.load(lam)
+        g_old = np.zeros_like(g)
+        self._vjp.add_implicit(g, [*self._at(step, rows), g_old, *(None for _ in self._clocks)])
+        if self._new_each_step:
+            self._equation.factors.release(key)
+        return g_old
+
+    def finish(self, given: Trajectory) -> None:
+        """Say that no adjoint of this trajectory will follow. Not collective."""
+        for step in range(0 if self._new_each_step else len(self._clocks[0]) if self._clocks else 1):
+            key = self._key(given, step)
+            if any(isinstance(part, tuple) for part in key):
+                self._equation.factors.release(key)
+
+    def _values(self, given: Trajectory, step: int, old: Array) -> list[Array]:
+        clocks = (clock[step : step + 1] for clock in self._clocks)
+        return [*(value for value in self._at(step, given.values) if value is not None), old, *clocks]
+
+    def _at(self, step: int, arrays: Sequence[Array | None]) -> list[Array | None]:
+        """The part of each array that belongs to a step."""
+        return [
+            array[step] if depends and array is not None else array
+            for array, depends in zip(arrays, self._time_dependent, strict=True)
+        ]
+
+    def _key(self, given: Trajectory, step: int) -> tuple[Hashable, ...]:
+        """Names the Jacobian of a step. What depends on the call is a tuple; what does not is kept for later calls."""
+        if not self.pde.is_linear:
+            return ((given.number, given.sample, step),)
+        return tuple(self._part(given, k, step) for k in self._equation.jacobian_inputs)
+
+    def _part(self, given: Trajectory, k: int, step: int) -> Hashable:
+        if k > self._previous:
+            return float(self._clocks[k - self._previous - 1][step])
+        if k == self._previous:
+            return given.number, -1, given.sample, step
+        return given.number, k, given.rows[k], step if self._time_dependent[k] else -1
