@@ -95,14 +95,16 @@ class Boundary:
         self.homogeneous = not any_rank(space.mesh.comm, local)
 
     def _find_sources(self, space: Any, inputs: Sequence[Input], last: NDArray[np.int32]) -> list[Source]:
+        owned, _ = local_size(space)
         sources = []
         for number, bc in enumerate(self.bcs):
-            dofs, num_owned = bc.dof_indices()
+            dofs = bc.dof_indices()[0]
             counts = last[dofs] == number
+            num_owned = int((dofs[counts] < owned).sum())  # not DOLFINx's count: wrong for blocked spaces before 0.10
             for position, given in enumerate(inputs):
                 if _is_input(bc, [given]):
                     entries = _entries(space, bc, given, dofs)
-                    sources.append(Source(given, position, dofs[counts], entries[counts], int(counts[:num_owned].sum())))
+                    sources.append(Source(given, position, dofs[counts], entries[counts], num_owned))
         return sources
 
     def apply(self, x: Array) -> None:
