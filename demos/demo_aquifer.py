@@ -94,7 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
     problem = fem_vi.InverseProblem(prior, lambda m: observe(solve(m)), likelihood, torch.from_numpy(wells[:, 2]))
 
     posterior = fem_vi.LowRankNormal(prior, rank=60)
-    run = fem_vi.fit(problem, posterior, fem_vi.ELBO(samples=16), steps=arguments.steps, path=arguments.out)
+    run = fem_vi.fit(problem, posterior, fem_vi.ELBO(samples=8), steps=arguments.steps, path=arguments.out)
     diagnosis = fem_vi.diagnose(problem, posterior, samples=500)
 
     q = posterior()
@@ -188,6 +188,6 @@ if __name__ == "__main__":
     parser.add_argument("--mesh", type=Path, default=HERE.parent / "meshes" / "aquifer.msh")
     parser.add_argument("--heads", type=Path, default=HERE / "aquifer" / "heads.csv")
     parser.add_argument("--truth", type=Path, default=HERE / "aquifer" / "truth.csv")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path("runs") / "aquifer")
     main(parser.parse_args())

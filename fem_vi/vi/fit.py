@@ -69,7 +69,7 @@ def fit(
         path: Run folder to write, or None. The same for all ranks.
         resume: Go on with the run in `path`, where there is one.
         optimizer: Makes a torch optimiser from parameters; for fields an elementwise one (Adam, SGD, RMSprop). None takes
-            Adam with `lr` 0.01 / sqrt(unknowns) after `GaussNewton()`, 0.5 / sqrt(unknowns) otherwise.
+            Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`, 0.5 / sqrt(unknowns) otherwise.
         schedule: Factor on the learning rate after a fraction of the steps.
         start: `GaussNewton()` or `PresentParameters()`; None takes the first for a new posterior with at most 1,000 data.
         seed: Of the samples; rank 0's counts. The state of torch's generator is left as it was found.

@@ -72,7 +72,7 @@ def default_optimizer(num_unknowns: int, *, linearised: bool) -> Adam:
         linearised: Whether the fit starts from the linearised posterior.
     """
     root = math.sqrt(num_unknowns)
-    return Adam(lr=0.01 / root, eps=0.2 / root) if linearised else Adam(lr=0.5 / root)
+    return Adam(lr=0.003 / root, eps=0.2 / root) if linearised else Adam(lr=0.5 / root)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
