@@ -70,6 +70,25 @@ class StateEquation:
         self._options.warn_unused()
         return u
 
+    def solve_linear(self, b: Array, key: Hashable) -> Array:
+        """Solve J u = b, for a linear form at inputs that are loaded; b is zero where values are prescribed.
+
+        Args:
+            b: Owned entries, `(n_owned,)`.
+            key: As in `solve`.
+
+        Returns:
+            Owned coefficients of u, `(n_owned,)`.
+
+        Raises:
+            SolveFailed: On every rank, where the solver did not converge.
+
+        MPI: Collective.
+        """
+        u = self.factors.get(key).solve(b, transposed=False)
+        self._options.warn_unused()
+        return u
+
     def solve_adjoint(self, values: Sequence[Array], u: Array, g: Array, key: Hashable) -> Array:
         """Solve (dF/du)^T lam = g with homogeneous boundary conditions, at a state that `solve` returned.
 

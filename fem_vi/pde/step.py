@@ -16,6 +16,7 @@ import numpy as np
 
 from fem_vi.errors import SolveFailed
 from fem_vi.pde.adjoint import ResidualVjp
+from fem_vi.pde.coupling import create_coupling
 from fem_vi.pde.factors import Option
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.state import StateEquation
@@ -71,9 +72,9 @@ class TimeStep:
         self._equation = StateEquation(pde, petsc_options, factor_budget)
         self._vjp = ResidualVjp(pde)
         self._previous = len(self._time_dependent)
-        self._new_each_step = not pde.is_linear or any(
-            k == self._previous or (k < self._previous and self._time_dependent[k]) for k in self._equation.jacobian_inputs
-        )
+        self._new_each_step = not pde.is_linear or not all(self._no_step(k) for k in self._equation.jacobian_inputs)
+        self._coupling, self._coupling_inputs = create_coupling(pde, self._previous, self._is_steady)
+        self._multiplies = self._coupling is not None and pde.is_linear and pde.boundary.homogeneous
 
     @property
     def num_factorisations(self) -> int:
@@ -98,7 +99,10 @@ class TimeStep:
         MPI: Collective.
         """
         key = self._key(given, step)
-        new = self._equation.solve(self._values(given, step, old), key, start=old)
+        values = self._values(given, step, old)
+        new = (
+            self._solve_by_matrix(given, step, values, key) if self._multiplies else self._equation.solve(values, key, start=old)
+        )
         self.num_solved += 1
         if self._new_each_step and not keep:
             self._equation.factors.release(key)
@@ -132,7 +136,11 @@ class TimeStep:
             raise SolveFailed(f"adjoint: {error}") from error
         self._vjp.load(lam)
         g_old = np.zeros_like(g)
-        self._vjp.add_implicit(g, [*self._at(step, rows), g_old, *(None for _ in self._clocks)])
+        at_previous = None if self._coupling is not None else g_old
+        self._vjp.add_implicit(g, [*self._at(step, rows), at_previous, *(None for _ in self._clocks)])
+        if self._coupling is not None:
+            self._coupling.assemble(self._parts(given, step, self._coupling_inputs))
+            np.negative(self._coupling.multiply_transposed(lam), out=g_old)
         if self._new_each_step:
             self._equation.factors.release(key)
         return g_old
@@ -143,6 +151,25 @@ class TimeStep:
             key = self._key(given, step)
             if any(isinstance(part, tuple) for part in key):
                 self._equation.factors.release(key)
+
+    def _solve_by_matrix(self, given: Trajectory, step: int, values: Sequence[Array], key: Hashable) -> Array:
+        """J u_new = -(C u_old + c), where all prescribed values are zero."""
+        assert self._coupling is not None
+        self._equation.load(values)
+        self._coupling.assemble(self._parts(given, step, self._coupling_inputs))
+        steady = all(self._is_steady(k) for k in self._coupling.rest_inputs)
+        c = self._coupling.rest(self._parts(given, step, self._coupling.rest_inputs) if steady else None)
+        b = -self._coupling.multiply(values[self._previous]) - c
+        b[self.pde.boundary.owned] = 0.0
+        return self._equation.solve_linear(b, key)
+
+    def _no_step(self, k: int) -> bool:
+        """Whether an input is a clock or the same in all steps."""
+        return k > self._previous or (k < self._previous and not self._time_dependent[k])
+
+    def _is_steady(self, k: int) -> bool:
+        """Whether an input is the same in all steps."""
+        return self._no_step(k) and (k < self._previous or np.ptp(self._clocks[k - self._previous - 1]) == 0.0)
 
     def _values(self, given: Trajectory, step: int, old: Array) -> list[Array]:
         clocks = (clock[step : step + 1] for clock in self._clocks)
@@ -159,7 +186,11 @@ class TimeStep:
         """Names the Jacobian of a step. What depends on the call is a tuple; what does not is kept for later calls."""
         if not self.pde.is_linear:
             return ((given.number, given.sample, step),)
-        return tuple(self._part(given, k, step) for k in self._equation.jacobian_inputs)
+        return self._parts(given, step, self._equation.jacobian_inputs)
+
+    def _parts(self, given: Trajectory, step: int, inputs: Sequence[int]) -> tuple[Hashable, ...]:
+        """Names the values that some inputs have in a step."""
+        return tuple(self._part(given, k, step) for k in inputs)
 
     def _part(self, given: Trajectory, k: int, step: int) -> Hashable:
         if k > self._previous:

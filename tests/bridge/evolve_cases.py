@@ -115,6 +115,18 @@ def clocked_heat(comm: MPI.Comm) -> TimeCase:
     return make_case(F, u, u_n, [(rate, 0.8)], bcs, time=t, dt=dt, time_steps=[0.1, 0.05, 0.1, 0.05])
 
 
+def sources(comm: MPI.Comm) -> TimeCase:
+    """An operator that no input enters, zero on the boundary; sources steady, per step, and by the clock."""
+    msh = square(comm, cell=mesh.CellType.quadrilateral)
+    V = fem.functionspace(msh, ("Lagrange", 1))
+    u, u_n, v = fem.Function(V), fem.Function(V), ufl.TestFunction(V)
+    f, level, t = fem.Function(V, name="f"), fem.Constant(msh, 0.0), fem.Constant(msh, 0.0)
+    F = (u - u_n) / DT * v * ufl.dx + ufl.inner(ufl.grad(0.7 * u + 0.3 * u_n), ufl.grad(v)) * ufl.dx
+    F -= (f * ufl.exp(f) + level * ufl.cos(t)) * v * ufl.dx
+    bcs = [fem.dirichletbc(0.0, boundary_dofs(V, left), V)]
+    return make_case(F, u, u_n, [(f, 0.8), (level, 1.5)], bcs, per_step=[level], time=t, time_steps=DT)
+
+
 def wave(comm: MPI.Comm) -> TimeCase:
     """A first-order system for displacement and velocity, by the midpoint rule; wave speed as a field."""
     msh = square(comm)
@@ -183,7 +195,7 @@ def navier_stokes(comm: MPI.Comm) -> TimeCase:
 
 
 TIME_CASES: dict[str, Callable[[MPI.Comm], TimeCase]] = {
-    build.__name__: build for build in (heat, clocked_heat, wave, allen_cahn, burgers, linearised_burgers, navier_stokes)
+    build.__name__: build for build in (heat, clocked_heat, sources, wave, allen_cahn, burgers, linearised_burgers, navier_stokes)
 }
 
 
