@@ -86,6 +86,8 @@ class Solve(BatchedOperator):
             try:
                 out[sample] = self._equation.solve(call.values(flat, sample), key)
             except SolveFailed as error:
+                for done in range(sample + 1):  # no backward will ask for them
+                    self._equation.factors.release(self._key(call, done))
                 raise SolveFailed(f"Solve: {_which(call, sample)}: {error}.") from error
             if not call.keep:
                 self._equation.factors.release(key)

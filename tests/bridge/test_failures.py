@@ -1,0 +1,180 @@
+"""A solve that did not converge says so, with the sample, on all ranks; and the operator works again afterwards."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import dolfinx
+import numpy as np
+import pytest
+import torch
+import ufl
+from dolfinx import fem
+from mpi4py import MPI
+from petsc4py import PETSc
+from torch import Tensor
+
+import fem_vi
+from tests.helpers import boundary_dofs, everywhere, interpolated, square
+
+COMM = MPI.COMM_WORLD
+
+
+def diffusion(*, fixed: bool = True, comm: MPI.Comm = COMM) -> tuple[fem_vi.WeakForm, Any]:
+    """-div(m grad u) = 1: singular where m = 0, and everywhere without Dirichlet conditions."""
+    msh = square(comm)
+    V = fem.functionspace(msh, ("Lagrange", 1))
+    u, m, v = fem.Function(V), fem.Function(V, name="m"), ufl.TestFunction(V)
+    F = m * ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx - v * ufl.dx
+    bcs = [fem.dirichletbc(0.0, boundary_dofs(V, everywhere), V)] if fixed else []
+    return fem_vi.WeakForm(F, state=u, inputs=[m], bcs=bcs), V
+
+
+def cubic(comm: MPI.Comm = COMM) -> tuple[fem_vi.WeakForm, Any]:
+    """-div((1 + u^2) grad u) = 10 exp(m)."""
+    msh = square(comm)
+    V = fem.functionspace(msh, ("Lagrange", 1))
+    u, m, v = fem.Function(V), fem.Function(V, name="m"), ufl.TestFunction(V)
+    F = (1 + u**2) * ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx - 10 * ufl.exp(m) * v * ufl.dx
+    return fem_vi.WeakForm(F, state=u, inputs=[m], bcs=[fem.dirichletbc(0.0, boundary_dofs(V, everywhere), V)]), V
+
+
+def ones(V: Any, *batch: int) -> Tensor:
+    return torch.ones(*batch, V.dofmap.index_map.size_local, dtype=torch.float64)
+
+
+def value_and_gradient(solve: fem_vi.Solve, m: Tensor) -> tuple[Tensor, Tensor]:
+    m = m.clone().requires_grad_()
+    u = solve(m)
+    (gradient,) = torch.autograd.grad(fem_vi.all_sum(u.square().sum(), COMM), m)
+    return u.detach(), gradient
+
+
+def assert_works(solve: fem_vi.Solve, pde: fem_vi.WeakForm, V: Any) -> None:
+    """As an operator that has never failed does."""
+    m = interpolated(V, 0.3, 0.1) + 1.0
+    for got, expected in zip(value_and_gradient(solve, m), value_and_gradient(fem_vi.Solve(pde), m), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "options", [{}, {"pc_type": "cholesky"}, {"ksp_type": "cg", "pc_type": "jacobi"}], ids=["lu", "cholesky", "cg"]
+)
+def test_singular_jacobian(options: dict[str, Any]) -> None:
+    """Pure Neumann data with a source that has a mean: there is no solution."""
+    pde, V = diffusion(fixed=False)
+    with pytest.raises(fem_vi.SolveFailed, match=r"Solve: the solve: .*(KSP|residual|PETSc)"):
+        fem_vi.Solve(pde, petsc_options=options)(ones(V))
+
+
+@pytest.mark.mpi
+def test_a_sample_fails_in_the_middle_of_a_batch() -> None:
+    pde, V = diffusion()
+    solve = fem_vi.Solve(pde)
+    m = ones(V, 2, 3)
+    m[1, 1] = 0.0
+    with pytest.raises(fem_vi.SolveFailed, match="Solve: sample 4 of 6: "):
+        solve(m.requires_grad_())
+    assert_works(solve, pde, V)
+
+
+@pytest.mark.mpi
+def test_newton_stops_at_its_limit() -> None:
+    pde, V = cubic()
+    solve = fem_vi.Solve(pde, petsc_options={"snes_max_it": 2})
+    with pytest.raises(
+        fem_vi.SolveFailed, match=r"Solve: sample 1 of 2: SNES .*DIVERGED_MAX_IT.* 2 iterations, residual norm \d"
+    ):
+        solve(ones(V, 2) * torch.tensor([[-20.0], [1.0]], dtype=torch.float64))
+    mild = fem_vi.Solve(pde)
+    m = -9.0 * ones(V)
+    for got, expected in zip(value_and_gradient(solve, m), value_and_gradient(mild, m), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-7, atol=1e-15)
+
+
+@pytest.mark.mpi
+def test_newton_meets_what_is_not_finite() -> None:
+    """exp(m) overflows for m = 800."""
+    pde, V = cubic()
+    solve = fem_vi.Solve(pde)
+    with pytest.raises(fem_vi.SolveFailed, match=r"Solve: the solve: .*(SNES|finite)"):
+        solve(800.0 * ones(V))
+    assert_works(solve, pde, V)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", ["linear", "nonlinear"])
+def test_krylov_method_stops_at_its_limit(name: str) -> None:
+    pde, V = diffusion() if name == "linear" else cubic()
+    options = {"ksp_type": "cg", "pc_type": "none", "ksp_max_it": 1, "ksp_rtol": 1e-12}
+    words = (
+        r"KSP stopped with DIVERGED_\w+ after 1 iter"
+        if name == "linear"
+        else r"SNES stopped with DIVERGED_LINEAR_SOLVE \(KSP: DIVERGED_"
+    )
+    solve = fem_vi.Solve(pde, petsc_options=options)
+    with pytest.raises(fem_vi.SolveFailed, match=rf"Solve: sample 0 of 2: {words}"):
+        solve(ones(V, 2) + interpolated(V, 0.3, 0.1))
+    with pytest.raises(fem_vi.SolveFailed, match="sample 1 of 2"):  # a source of zero needs no iteration
+        fem_vi.Solve(cubic()[0], petsc_options=options)(torch.stack([-800.0 * ones(V), ones(V)]))
+
+
+@pytest.mark.mpi
+def test_adjoint_fails_where_the_forward_did_not() -> None:
+    """GMRES with one iteration solves for the state where the right-hand side is an eigenvector, not for a random one."""
+    pde, V = diffusion()
+    solve = fem_vi.Solve(pde, petsc_options={"ksp_type": "gmres", "pc_type": "none", "ksp_max_it": 400, "ksp_rtol": 1e-12})
+    m = (ones(V) + interpolated(V, 0.3, 0.1)).requires_grad_()
+    u = solve(m)
+    poisoned = torch.full_like(u, torch.nan)
+    with pytest.raises(fem_vi.SolveFailed, match=r"Solve: the solve: adjoint: .*not finite"):
+        torch.autograd.grad(u, m, grad_outputs=poisoned)
+    assert_works(solve, pde, V)
+
+
+@pytest.mark.mpi
+def test_factors_of_failed_calls_are_not_held() -> None:
+    """Neither that of the failed sample nor those before it, which no backward will ask for: they go first."""
+    pde, V = diffusion()
+    solve = fem_vi.Solve(pde)
+    m = ones(V, 3)
+    m[2] = 0.0
+    for _ in range(4):
+        with pytest.raises(fem_vi.SolveFailed, match="sample 2 of 3"):
+            solve(m.requires_grad_())
+    assert len(solve._equation.factors._factors) <= 3
+    assert_works(solve, pde, V)
+
+
+@pytest.mark.mpi
+def test_a_misspelt_option_warns_where_petsc_can_tell() -> None:
+    pde, V = diffusion()
+    solve = fem_vi.Solve(pde, petsc_options={"ksp_tpye": "cg"})
+    if hasattr(PETSc.Options(), "used"):
+        with pytest.warns(UserWarning, match="ksp_tpye"):
+            solve(ones(V))
+    else:
+        assert tuple(int(n) for n in dolfinx.__version__.split(".")[:2]) < (0, 11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(ones(V))
+        for options in ({"ksp_type": "cg", "pc_type": "gamg", "ksp_rtol": 1e-9}, {"pc_type": "cholesky"}):
+            fem_vi.Solve(pde, petsc_options=options)(ones(V))
+        fem_vi.Solve(cubic()[0], petsc_options={"snes_rtol": 1e-9, "snes_type": "newtonls", "snes_max_it": 30})(ones(V))
+
+
+def test_an_option_that_petsc_cannot_read() -> None:
+    pde, V = diffusion(comm=MPI.COMM_SELF)
+    with pytest.raises((fem_vi.FemViError, PETSc.Error)):
+        fem_vi.Solve(pde, petsc_options={"ksp_type": "no_such_method"})(ones(V))
+
+
+def test_options_of_one_operator_do_not_reach_another() -> None:
+    pde, V = cubic(MPI.COMM_SELF)
+    limited = fem_vi.Solve(pde, petsc_options={"snes_max_it": 1})
+    free = fem_vi.Solve(pde)
+    assert np.isfinite(free(ones(V)).numpy()).all()
+    with pytest.raises(fem_vi.SolveFailed):
+        limited(ones(V))
