@@ -14,7 +14,7 @@ from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.parallel import sum_over_ranks
 from fem_vi.pde.adjoint import FormGradient
 from fem_vi.pde.assemble import ScalarForm
-from fem_vi.pde.inputs import Array, create_copies
+from fem_vi.pde.inputs import Array, check_list, create_copies
 from fem_vi.pde.quadrature import pin_quadrature
 
 
@@ -46,6 +46,7 @@ class Functional(BatchedOperator):
             )
         if form.arguments():
             raise UnsupportedForm(f"form has {len(form.arguments())} arguments; a functional has none.")
+        check_list("inputs", inputs)
         symbols = [*form.coefficients(), *form.constants()]
         for position, given in enumerate(inputs):
             if not any(given is symbol for symbol in symbols):

@@ -74,11 +74,16 @@ class PointObservation:
     def __call__(self, u: Tensor) -> Tensor:
         """Values of the field at the points; see the class. Collective."""
         with raise_on_all(self.comm):
+            if not isinstance(u, Tensor):
+                raise InvalidInput(f"PointObservation: u is a {type(u).__name__}; it must be a torch tensor.")
             if u.ndim == 0 or u.shape[-1] != self._num_owned:
                 raise InvalidInput(
                     f"PointObservation: u has shape {tuple(u.shape)}; its last axis must be {self._num_owned}, the coefficients "
                     "that this rank owns. Use fem_vi.distribute to slice a replicated vector."
                 )
+        batches = all_values(self.comm, tuple(u.shape[:-1]))
+        if any(batch != batches[0] for batch in batches):
+            raise InvalidInput(f"PointObservation: the batch axes of u differ between ranks: {batches}.")
         host = u.to(device="cpu", dtype=torch.float64)
         local = host.new_zeros(*host.shape[:-1], int(np.prod(self._shape)))
         local = local.index_add(-1, self._rows, host[..., self._cols] * self._weights)
@@ -90,7 +95,10 @@ class PointObservation:
 
 
 def _check_points(points: ArrayLike, gdim: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    array = np.atleast_2d(np.asarray(points, dtype=np.float64))
+    try:
+        array = np.atleast_2d(np.asarray(points, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"points are not an array of numbers: {error}.") from error
     if array.ndim != 2 or array.shape[1] not in (gdim, 3) or array.shape[0] == 0:
         raise InvalidInput(
             f"points have shape {array.shape}; expected (num_points, {gdim}) or (num_points, 3), at least one point."

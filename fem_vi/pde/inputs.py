@@ -142,6 +142,16 @@ def create_input(given: object, label: str) -> Input:
     )
 
 
+def check_list(name: str, given: object) -> None:
+    """Refuse a single object where several are expected. Not collective.
+
+    Raises:
+        InvalidInput: For anything but a list or tuple.
+    """
+    if not isinstance(given, list | tuple):
+        raise InvalidInput(f"{name} is a {type(given).__name__}; it must be a list, {name}=[...], also of one or none.")
+
+
 def create_copies(form: ufl.Form, inputs: Sequence[object], *, besides: Sequence[object] = ()) -> tuple[list[Input], list[Input]]:
     """Private copies of everything in a form: of the listed inputs, and of the rest, which stays fixed.
 

@@ -10,7 +10,7 @@ from ufl.algorithms import expand_derivatives
 
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde.boundary import Boundary
-from fem_vi.pde.inputs import create_copies, create_function_input
+from fem_vi.pde.inputs import check_list, create_copies, create_function_input
 from fem_vi.pde.quadrature import pin_quadrature
 
 
@@ -55,6 +55,8 @@ class WeakForm:
         bcs: Sequence[fem.DirichletBC] = (),
     ) -> None:
         test = _test_function(F, state)
+        check_list("inputs", inputs)
+        check_list("bcs", bcs)
         self._given = F, state, tuple(inputs), tuple(bcs)
         self.space = state.function_space
         self.comm = self.space.mesh.comm
