@@ -86,7 +86,8 @@ class WhitenedNormal(Distribution):
             basis = self.prior.scatter(torch.eye(self.num_global, dtype=self.mu.dtype))
             return self._root(self.scale.apply(basis)).square().sum(0)
         if isinstance(self.scale, LowRankScale) and self.scale.log_precision is None:
-            return (self.prior.variance - self._root(self.scale.removed()).square().sum(0)).clamp_min(0.0)  # prior.variance may be sampled
+            removed = self._root(self.scale.removed()).square().sum(0)
+            return (self.prior.variance - removed).clamp_min(0.0)  # prior.variance may be sampled
         return self._sampled_variance()
 
     def _root(self, xi: Tensor) -> Tensor:
