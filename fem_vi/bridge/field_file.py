@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import basix
 from dolfinx import fem
 from dolfinx.io import XDMFFile
 from torch import Tensor
@@ -15,6 +17,7 @@ from fem_vi.bridge.layout import as_numpy
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all
 from fem_vi.pde.inputs import load_owned, local_size
+from fem_vi.pde.locate import coordinate_element
 
 
 def write_fields(path: str | Path, V: Any, fields: Mapping[str, Tensor]) -> None:
@@ -34,6 +37,12 @@ def write_fields(path: str | Path, V: Any, fields: Mapping[str, Tensor]) -> None
     with raise_on_all(comm):
         if target.suffix != ".xdmf":
             raise InvalidInput(f"write_fields: {target} must end in .xdmf.")
+        element, map_degree = V.ufl_element(), coordinate_element(V.mesh).degree
+        if element.basix_element.family != basix.ElementFamily.P or element.discontinuous or element.degree != map_degree:
+            raise InvalidInput(
+                f"write_fields: XDMF holds continuous Lagrange fields of the mesh's own degree, {map_degree}; V is {element}. "
+                "Interpolate the field to such a space first."
+            )
         for name, values in fields.items():
             if tuple(values.shape) != (local_size(V)[0],):
                 raise InvalidInput(
@@ -51,6 +60,18 @@ def write_fields(path: str | Path, V: Any, fields: Mapping[str, Tensor]) -> None
             file.write_function(function)
     with raise_on_all(comm):
         if comm.rank == 0:
+            _join_fields(folder / target.name)
             for suffix in (".h5", ".xdmf"):
                 os.replace((folder / target.name).with_suffix(suffix), target.with_suffix(suffix))
             folder.rmdir()
+
+
+def _join_fields(path: Path) -> None:
+    """Put all fields on the one mesh of an XDMF file; DOLFINx writes each as a time series of its own."""
+    tree = ElementTree.parse(path)
+    domain = tree.getroot()[0]
+    grid, *series = domain
+    for collection in series:
+        grid.extend(collection.iter("Attribute"))
+        domain.remove(collection)
+    tree.write(path, encoding="utf-8", xml_declaration=True)
