@@ -34,7 +34,7 @@ test-long:  ## the tests that take minutes
 	@$(RUN) timeout --kill-after=10 7200 $(PYTEST) -m long
 
 bench:  ## benchmarks, each against its floor
-	@$(RUN) $(PYTEST) tests/benchmarks --benchmark-only
+	@for each in tests/benchmarks/bench_*.py; do $(RUN) python3 -m tests.benchmarks.$$(basename $$each .py) || exit 1; done
 
 doctor:  ## what this machine has, and what will hurt
 	@$(RUN) fem-vi doctor
