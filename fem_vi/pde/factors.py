@@ -100,6 +100,7 @@ class Factor:
         self._prefix = options.prefix
         self._transpose: PETSc.Mat | None = None
         self._transpose_is_old = True
+        self._sound = True
 
     def solve(self, b: Array, *, transposed: bool) -> Array:
         """Solve J x = b, or J^T x = b.
@@ -133,10 +134,14 @@ class Factor:
             other = self._transposed_solver()
             ksp = self._run(other, other.solve)
         self._check(ksp, transposed)
+        self._sound = True
         return self._x.array_r * norm  # type: ignore[no-any-return]
 
     def refresh(self) -> None:
         """Factorise, or set the preconditioner up, for the matrix as it is now. Collective."""
+        if not self._sound:
+            self.ksp.reset()  # MUMPS does not factorise again after an error, and PETSc does not say so
+        self._sound = False
         try:
             self.ksp.setOperators(self.matrix)
             self.ksp.setUp()

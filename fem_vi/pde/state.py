@@ -182,12 +182,14 @@ class _NonlinearSolve:
         try:
             self._snes.solve(None, self._x)
         except PETSc.Error as error:
+            self._snes.getKSP().reset()
             raise SolveFailed(f"PETSc failed inside SNES: {error}") from error
         reason = self._snes.getConvergedReason()
         if reason <= 0:
             name = reason_name(PETSc.SNES.ConvergedReason, reason)
             linear = self._snes.getKSP().getConvergedReason()
             hint = f" (KSP: {reason_name(PETSc.KSP.ConvergedReason, linear)})" if linear < 0 else ""
+            self._snes.getKSP().reset()  # MUMPS does not factorise again after an error
             raise SolveFailed(
                 f"SNES stopped with {name}{hint} after {self._snes.getIterationNumber()} iterations, "
                 f"residual norm {self._snes.getFunctionNorm():.1e}"

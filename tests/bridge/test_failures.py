@@ -105,6 +105,20 @@ def test_newton_meets_what_is_not_finite() -> None:
 
 
 @pytest.mark.mpi
+def test_newton_meets_a_singular_jacobian() -> None:
+    """-div(m (1 + u^2) grad u) = 1 with m = 0, then with m = 1: the factorisation that failed must not stay."""
+    _, V = cubic()
+    u, m, v = fem.Function(V), fem.Function(V, name="m"), ufl.TestFunction(V)
+    F = m * (1 + u**2) * ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx - v * ufl.dx
+    pde = fem_vi.WeakForm(F, state=u, inputs=[m], bcs=[fem.dirichletbc(0.0, boundary_dofs(V, everywhere), V)])
+    solve = fem_vi.Solve(pde)
+    for _ in range(2):
+        with pytest.raises(fem_vi.SolveFailed, match="Solve: sample 1 of 2: "):
+            solve(torch.stack([ones(V), 0.0 * ones(V)]))
+    assert_works(solve, pde, V)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("name", ["linear", "nonlinear"])
 def test_krylov_method_stops_at_its_limit(name: str) -> None:
     pde, V = diffusion() if name == "linear" else cubic()
