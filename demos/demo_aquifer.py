@@ -123,7 +123,7 @@ def main(arguments: argparse.Namespace) -> None:
     table.add_row("wall time", f"{seconds:.0f} s")
     fem_vi.report(comm, diagnosis, table, f"Picture: {arguments.out / 'aquifer.png'}; fields for ParaView beside it.")
 
-    figure = draw(flow.coefficients, truth, mean, sd, wells, run, predicted)
+    figure = draw(flow.coefficients, {"truth": truth, "mean": mean, "sd": sd}, wells, run, predicted)
     fem_vi.save_figure(figure, arguments.out / "aquifer.png", comm)
 
     # ## Check
@@ -151,16 +151,14 @@ def read_truth(path: Path, M: Any) -> torch.Tensor | None:
 # ## Picture
 
 
-def draw(
-    M: Any, truth: torch.Tensor | None, mean: torch.Tensor, sd: torch.Tensor, wells: np.ndarray, run: fem_vi.Run, heads: torch.Tensor
-) -> plt.Figure:
+def draw(M: Any, fields: dict[str, torch.Tensor | None], wells: np.ndarray, run: fem_vi.Run, heads: torch.Tensor) -> plt.Figure:
     """Truth, mean and standard deviation with the wells; the ELBO; predicted against observed heads."""
     figure = plt.figure(figsize=(13, 6.4), layout="constrained")
     axes = figure.subplot_mosaic([["truth", "mean", "sd"], ["elbo", "heads", "heads"]], height_ratios=[1, 0.9])
-    panels = {"truth": (truth, "true log-transmissivity"), "mean": (mean, "posterior mean"), "sd": (sd, "posterior standard deviation")}
-    for name, (field, title) in panels.items():
+    titles = {"truth": "true log-transmissivity", "mean": "posterior mean", "sd": "posterior standard deviation"}
+    for name, field in fields.items():
         ax = axes[name]
-        ax.set_title(title)
+        ax.set_title(titles[name])
         ax.axis("off")
         if field is None:
             ax.text(0.5, 0.5, "unknown", ha="center", transform=ax.transAxes)

@@ -89,6 +89,13 @@ def sum_over_ranks(comm: MPI.Comm, values: NDArray[np.float64]) -> NDArray[np.fl
     return total
 
 
+def min_over_ranks(comm: MPI.Comm, values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The entrywise minimum over ranks, replicated. Collective."""
+    lowest = np.empty_like(values)
+    comm.Allreduce(np.ascontiguousarray(values), lowest, op=MPI.MIN)
+    return lowest
+
+
 def max_over_ranks(comm: MPI.Comm, value: float) -> float:
     """The largest value of any rank, replicated. Collective."""
     return float(comm.allreduce(value, op=MPI.MAX)) if comm.size > 1 else value

@@ -8,9 +8,9 @@ from typing import Any
 import basix
 import numpy as np
 from dolfinx import geometry
-from mpi4py import MPI
 from numpy.typing import NDArray
 
+from fem_vi.parallel import min_over_ranks
 from fem_vi.pde import _compat
 from fem_vi.pde.inputs import Array
 
@@ -53,8 +53,7 @@ def locate_points(mesh: Any, points: Array) -> Location:
     names = _cell_names(mesh)[cell]
     first = np.full(len(points), NOWHERE)
     np.minimum.at(first, point, names)
-    lowest = np.empty_like(first)
-    mesh.comm.Allreduce(first, lowest, op=MPI.MIN)
+    lowest = min_over_ranks(mesh.comm, first)
     mine = names == lowest[point]
     location = Location(np.full(len(points), -1, dtype=np.int32), np.zeros((len(points), mesh.topology.dim)), lowest < NOWHERE)
     location.cells[point[mine]] = cell[mine]

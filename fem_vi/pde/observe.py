@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fem_vi.errors import InvalidInput
+from fem_vi.parallel import all_values
 from fem_vi.pde import _compat
 from fem_vi.pde.inputs import Array, local_size
 from fem_vi.pde.locate import coordinate_element, locate_points
@@ -61,7 +62,7 @@ def evaluate_points(space: Any, points: Array) -> PointEvaluation:
         np.concatenate([np.empty(0, dtype=np.int64), *(np.tile(d, value_size) for d in dofs)]),
         np.concatenate([np.empty(0), *(v.ravel() for v in values)]),
     )
-    gathered = mesh.comm.allgather(entries)
+    gathered = all_values(mesh.comm, entries)
     row, col, weight = (np.concatenate([part[k] for part in gathered]) for k in range(3))
     first = space.dofmap.index_map.local_range[0] * space.dofmap.index_map_bs
     mine = (col >= first) & (col < first + local_size(space)[0]) & (weight != 0.0)

@@ -18,7 +18,8 @@ class Comparison:
     ratio: float
 
     def __str__(self) -> str:
-        return f"{self.name:<44} floor {1e3 * self.floor:9.3f} ms   fem_vi {1e3 * self.candidate:9.3f} ms   ratio {self.ratio:6.3f}"
+        floor, candidate = 1e3 * self.floor, 1e3 * self.candidate
+        return f"{self.name:<44} floor {floor:9.3f} ms   fem_vi {candidate:9.3f} ms   ratio {self.ratio:6.3f}"
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -29,7 +30,9 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return (time.process_time() - start) / repeats
 
 
-def compare(name: str, floor: Callable[[], object], candidate: Callable[[], object], *, rounds: int = 15, budget: float = 0.2) -> Comparison:
+def compare(
+    name: str, floor: Callable[[], object], candidate: Callable[[], object], *, rounds: int = 15, budget: float = 0.2
+) -> Comparison:
     """Time both in turn, a round each, the first round thrown away.
 
     Args:
@@ -41,10 +44,15 @@ def compare(name: str, floor: Callable[[], object], candidate: Callable[[], obje
     """
     floor(), candidate()
     repeats = max(1, round(budget / max(seconds(floor, 1), 1e-6)))
-    pairs = [
-        (seconds(floor, repeats), seconds(candidate, repeats)) if k % 2 else (seconds(candidate, repeats), seconds(floor, repeats))[::-1]
-        for k in range(rounds)
-    ][1:]
+    pairs = []
+    for turn in range(rounds):
+        if turn % 2:
+            first = seconds(floor, repeats)
+            pairs.append((first, seconds(candidate, repeats)))
+        else:
+            first = seconds(candidate, repeats)
+            pairs.append((seconds(floor, repeats), first))
+    pairs = pairs[1:]
     return Comparison(
         name,
         statistics.median(a for a, _ in pairs),

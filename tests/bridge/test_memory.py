@@ -19,8 +19,8 @@ from tests.helpers import Case, boundary_dofs, everywhere, interpolated, make_ca
 
 WARM_UP, CALLS = 50, 1000
 BOUND = 0.5e6
-"""Bytes. A leak of one vector of the 21 x 20 mesh (3.4 kB) a call would show as 3.4 MB, one of a matrix (38 kB) as 38 MB. What the
-allocator moves in pages stayed under 0.05 MB in four runs of each case."""
+"""Bytes. A leak of one vector of the 21 x 20 mesh (3.4 kB) a call would show as 3.4 MB, one of a matrix (38 kB) as 38 MB. What
+the allocator moves in pages stayed under 0.05 MB in four runs of each case."""
 
 
 def resident() -> int:

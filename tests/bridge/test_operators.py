@@ -28,7 +28,7 @@ def is_field(case: Case, k: int) -> bool:
 
 
 def loss_of(case: Case, u: Tensor, comm: MPI.Comm) -> Tensor:
-    """A nonlinear, replicated function of the state; w u and not u alone, as the sign of a facet's dof depends on the partition."""
+    """A nonlinear, replicated function of the state; of w u, as the sign of a facet's dof depends on the partition."""
     product = case.weights[-1] * u
     return fem_vi.all_sum((product + 0.5 * product.square()).sum(-1), comm)
 
@@ -168,7 +168,8 @@ def test_batches_are_loops(build: Callable[[MPI.Comm], Case]) -> None:
     solve = fem_vi.Solve(case.pde)
     first, *rest = case.values
     scales = torch.linspace(0.7, 1.1, 6, dtype=torch.float64).reshape(2, 3)
-    batched = [(scales.reshape(2, 3, *[1] * first.ndim) * first).clone().requires_grad_(), *[x.clone().requires_grad_() for x in rest]]
+    varied = scales.reshape(2, 3, *[1] * first.ndim) * first
+    batched = [varied.requires_grad_(), *[x.clone().requires_grad_() for x in rest]]
     u = solve(*batched)
     assert u.shape == (2, 3, case.weights[-1].numel())
     gradients = torch.autograd.grad(loss_of(case, u, MPI.COMM_SELF).sum(), batched)
