@@ -64,7 +64,7 @@ def test_constants_of_every_rank() -> None:
     values = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.5, [2.0, -3.0], [[1.0, 2.0], [3.0, 4.0]])]
     value = functional(*values)
     assert value.shape == ()
-    assert float(value) == pytest.approx(1.5 * (-0.5) + (1 / 3 + 5 / 4 + 4 / 3) + 2.25, rel=1e-14)
+    assert value.item() == pytest.approx(1.5 * (-0.5) + (1 / 3 + 5 / 4 + 4 / 3) + 2.25, rel=1e-14)
     gradients = torch.autograd.grad(value, values)
     exact = [-0.5 + 3.0, [0.75, 0.75], [[1 / 3, 1 / 4], [1 / 4, 1 / 3]]]
     for gradient, expected in zip(gradients, exact, strict=True):
@@ -115,7 +115,7 @@ def test_any_number_of_ranks_gives_the_same() -> None:
         values = interpolated(V, 0.3, 0.2).requires_grad_()
         value = functional(values)
         (gradient,) = torch.autograd.grad(value, values)
-        results.append([float(value), float(fem_vi.all_sum((gradient * interpolated(V, 1.0, 2.0)).sum(), comm))])
+        results.append([value.item(), float(fem_vi.all_sum((gradient * interpolated(V, 1.0, 2.0)).sum(), comm))])
     assert np.allclose(*results, rtol=1e-12)
 
 
