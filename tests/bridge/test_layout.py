@@ -148,15 +148,15 @@ def test_double_backward_through_the_crossings(leaf: str) -> None:
     if leaf == "parameter":
         (g,) = torch.autograd.grad(value, a, create_graph=True)
         (h,) = torch.autograd.grad(g, a)
-        assert float(g) == pytest.approx(4 * 1.3**3 * fourth, rel=1e-12)
-        assert float(h) == pytest.approx(12 * 1.3**2 * fourth, rel=1e-12)
+        assert g.item() == pytest.approx(4 * 1.3**3 * fourth, rel=1e-12)
+        assert h.item() == pytest.approx(12 * 1.3**2 * fourth, rel=1e-12)
     else:
         (g,) = torch.autograd.grad(value, u, create_graph=True)
         assert torch.allclose(g, 4 * 1.3**4 * u**3, rtol=1e-12)
         product = fem_vi.all_sum((g * u.detach() ** 2).sum(), COMM)  # = 4 a^4 sum u^3 w with w = u^2 held fixed
         h, mixed = torch.autograd.grad(product, [u, a])
         assert torch.allclose(h, 12 * 1.3**4 * u**4, rtol=1e-12)
-        assert float(mixed) == pytest.approx(16 * 1.3**3 * fifth, rel=1e-12)
+        assert mixed.item() == pytest.approx(16 * 1.3**3 * fifth, rel=1e-12)
 
 
 @pytest.mark.parametrize("crossing", [fem_vi.all_sum, fem_vi.localise], ids=lambda f: f.__name__)
