@@ -94,7 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
     problem = fem_vi.InverseProblem(prior, lambda m: observe(solve(m)), likelihood, torch.from_numpy(wells[:, 2]))
 
     posterior = fem_vi.LowRankNormal(prior, rank=60)
-    run = fem_vi.fit(problem, posterior, fem_vi.ELBO(samples=8), steps=arguments.steps, path=arguments.out)
+    run = fem_vi.fit(problem, posterior, fem_vi.ELBO(samples=8), steps=arguments.steps, path=arguments.out, resume=True)
     diagnosis = fem_vi.diagnose(problem, posterior, samples=500)
 
     q = posterior()

@@ -5,9 +5,8 @@ Besides `fem_vi.bridge.layout` this is the only module that calls mpi4py directl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
@@ -53,8 +52,7 @@ def agree_on_error(comm: MPI.Comm, error: Exception | None) -> None:
         raise error
 
 
-@contextmanager
-def raise_on_all(comm: MPI.Comm) -> Iterator[None]:
+class raise_on_all:  # lower case: it is called like a function
     """Run rank-local checks so that an error on one rank is raised on all of them.
 
     The body must not contain collective calls: a rank that fails leaves it early.
@@ -71,12 +69,19 @@ def raise_on_all(comm: MPI.Comm) -> Iterator[None]:
         >>> with raise_on_all(mesh.comm):
         ...     check_shape(m, n_owned)
     """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    agree_on_error(comm, error)
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm = comm
+
+    def __enter__(self) -> None:
+        """Begin the checks."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Agree with the other ranks. What is no Exception, such as KeyboardInterrupt, goes its own way."""
+        if error is None:
+            agree_on_error(self._comm, None)
+        elif isinstance(error, Exception):
+            agree_on_error(self._comm, error)
 
 
 def sum_over_ranks(comm: MPI.Comm, values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ def test_demo(demo: Path, ranks: int, tmp_path: Path) -> None:
     # This process has initialised MPI, which leaves variables that mpirun would take for its own: os.environ has none of them.
     done = subprocess.run(
         [*launch, sys.executable, "-P", str(demo)],
-        cwd=REPOSITORY,
+        cwd=tmp_path,
         env={**os.environ, "MPLBACKEND": "Agg"},
         timeout=600,
         capture_output=True,

@@ -170,4 +170,7 @@ def gather(x: Tensor, V: FunctionSpace) -> Tensor:
 
 def as_numpy(x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
     """A float64 NumPy view (or copy, where the type or device differs) of a tensor's values."""
-    return x.detach().to(device="cpu", dtype=torch.float64).contiguous().numpy()
+    values = x.detach()
+    if not (values.is_cpu and values.dtype is torch.float64):
+        values = values.to(device="cpu", dtype=torch.float64)
+    return values.numpy()

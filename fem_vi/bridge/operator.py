@@ -65,7 +65,7 @@ class Call:
     @property
     def num_samples(self) -> int:
         """Samples in the flattened batch."""
-        return int(np.prod(self.batch))
+        return math.prod(self.batch)
 
     def values(self, flat: Sequence[Array], sample: int) -> list[Array]:
         """The values of each input for one sample."""
@@ -121,29 +121,27 @@ class BatchedOperator(ABC):
         self._check_ranks(batch, inputs)
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         call = Call(next(_calls), batch, rows, keep)
-        host = [x.to(device="cpu", dtype=torch.float64) for x in inputs]
-        out: Tensor = _Apply.apply(self, call, *host)
-        device = next((x.device for x in inputs if x.device.type != "cpu"), None)
-        return out if device is None else out.to(device)
+        if all(x.is_cpu and x.dtype is torch.float64 for x in inputs):
+            return _Apply.apply(self, call, *inputs)  # type: ignore[no-any-return]
+        out: Tensor = _Apply.apply(self, call, *[x.to(device="cpu", dtype=torch.float64) for x in inputs])
+        return out.to(next((x.device for x in inputs if not x.is_cpu), out.device))
 
     def _pullback(
         self, call: Call, g: Tensor, out: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """The gradients of all inputs that want one, each in the shape of its input. Collective."""
         flat = self._flat(inputs)
-        grads = [
-            torch.zeros_like(x, memory_format=torch.contiguous_format) if want else None
-            for x, want in zip(inputs, wanted, strict=True)
-        ]
-        views = [None if grad is None else grad.numpy().reshape(x.shape) for grad, x in zip(grads, flat, strict=True)]
+        grads = [np.zeros(x.shape) if want else None for x, want in zip(flat, wanted, strict=True)]
         size = (call.num_samples, math.prod(self._output_shape))
-        self._backward(call, flat, as_numpy(out).reshape(size), as_numpy(g).reshape(size), views)
-        return grads
+        self._backward(call, flat, as_numpy(out).reshape(size), as_numpy(g).reshape(size), grads)
+        return [None if grad is None else torch.from_numpy(grad.reshape(x.shape)) for grad, x in zip(grads, inputs, strict=True)]
 
     def _flat(self, inputs: Sequence[Tensor]) -> list[Array]:
         """The values of each input, one row for each sample that it has (counted, since a rank may own no entries)."""
-        rows = [math.prod(x.shape[: x.ndim - len(given.shape)]) for x, given in zip(inputs, self._inputs, strict=True)]
-        return [as_numpy(x).reshape(n, given.size) for n, x, given in zip(rows, inputs, self._inputs, strict=True)]
+        return [
+            as_numpy(x).reshape(math.prod(x.shape[: x.ndim - len(given.shape)]), given.size)
+            for x, given in zip(inputs, self._inputs, strict=True)
+        ]
 
     @property
     def _name(self) -> str:
@@ -189,7 +187,7 @@ def _batch_axes(name: str, x: object, given: Argument) -> tuple[int, ...]:
         raise InvalidInput(f"{name}: {given.label} is a {type(x).__name__}; it must be a torch tensor.")
     if x.dtype not in (torch.float64, torch.float32):
         raise InvalidInput(f"{name}: {given.label} has dtype {x.dtype}; it must be float64 (or float32, which is cast).")
-    if not _is_finite(x.detach()):
+    if not _is_finite(as_numpy(x)):
         raise InvalidInput(f"{name}: {given.label} contains values that are not finite.")
     if x.shape == given.shape:
         return ()
@@ -202,9 +200,9 @@ def _batch_axes(name: str, x: object, given: Argument) -> tuple[int, ...]:
     return tuple(x.shape[: x.ndim - event])
 
 
-def _is_finite(x: Tensor) -> bool:
+def _is_finite(x: Array) -> bool:
     """Whether all entries are finite. A finite sum says so at once; one that is not may have overflowed."""
-    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
+    return math.isfinite(x.sum()) or bool(np.isfinite(x).all())
 
 
 class _Apply(torch.autograd.Function):
