@@ -202,7 +202,8 @@ def _batch_axes(name: str, x: object, given: Argument) -> tuple[int, ...]:
 
 def _is_finite(x: Array) -> bool:
     """Whether all entries are finite. A finite sum says so at once; one that is not may have overflowed."""
-    return math.isfinite(x.sum()) or bool(np.isfinite(x).all())
+    with np.errstate(invalid="ignore", over="ignore"):
+        return math.isfinite(x.sum()) or bool(np.isfinite(x).all())
 
 
 class _Apply(torch.autograd.Function):

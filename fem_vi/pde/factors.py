@@ -74,6 +74,12 @@ def reason_name(kind: type, reason: int) -> str:
     return max(names, key=len, default=str(reason))
 
 
+def petsc_words(error: PETSc.Error) -> str:
+    """The code and the cause of an error of PETSc, without its call stack, in one line."""
+    lines = [line.split("] ", 1)[-1].strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0]}, {lines[-1]}" if len(lines) > 1 else str(error)
+
+
 class Factor:
     """One Jacobian with its solver and work vectors.
 
@@ -146,14 +152,14 @@ class Factor:
             self.ksp.setOperators(self.matrix)
             self.ksp.setUp()
         except PETSc.Error as error:
-            raise SolveFailed(f"PETSc could not set the solver up: {error}") from error
+            raise SolveFailed(f"PETSc could not set the solver up: {petsc_words(error)}") from error
         self._transpose_is_old = True
 
     def _run(self, ksp: PETSc.KSP, solve: Callable[[PETSc.Vec, PETSc.Vec], None]) -> PETSc.KSP:
         try:
             solve(self._b, self._x)
         except PETSc.Error as error:
-            raise SolveFailed(f"PETSc failed inside KSP: {error}") from error
+            raise SolveFailed(f"PETSc failed inside KSP: {petsc_words(error)}") from error
         return ksp
 
     def _transposed_solver(self) -> PETSc.KSP:
@@ -177,6 +183,8 @@ class Factor:
                 f"KSP stopped with {reason_name(PETSc.KSP.ConvergedReason, reason)} after {ksp.getIterationNumber()} iterations, "
                 f"relative residual {ksp.getResidualNorm():.1e}"
             )
+        if self._direct and self._sound:
+            return  # the same factors have solved a system already
         (self.matrix.multTranspose if transposed else self.matrix.mult)(self._x, self._residual)
         self._residual.axpy(-1.0, self._b)
         size = self._residual.norm()

@@ -10,7 +10,7 @@ from petsc4py import PETSc
 from fem_vi.errors import SolveFailed
 from fem_vi.pde.assemble import VectorForm, create_vector_form
 from fem_vi.pde.boundary import Boundary
-from fem_vi.pde.factors import FactorPool, Option, Options, reason_name
+from fem_vi.pde.factors import FactorPool, Option, Options, petsc_words, reason_name
 from fem_vi.pde.inputs import Array, FunctionInput
 from fem_vi.pde.weak_form import WeakForm
 
@@ -183,7 +183,7 @@ class _NonlinearSolve:
             self._snes.solve(None, self._x)
         except PETSc.Error as error:
             self._snes.getKSP().reset()
-            raise SolveFailed(f"PETSc failed inside SNES: {error}") from error
+            raise SolveFailed(f"PETSc failed inside SNES: {petsc_words(error)}") from error
         reason = self._snes.getConvergedReason()
         if reason <= 0:
             name = reason_name(PETSc.SNES.ConvergedReason, reason)
