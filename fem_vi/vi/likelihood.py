@@ -26,7 +26,7 @@ class GaussianNoise:
     """
 
     def __init__(self, std: float | Tensor) -> None:
-        self.std = torch.as_tensor(std, dtype=torch.float64)
+        self.std = torch.as_tensor(std, dtype=torch.float64).detach().clone()
         if self.std.ndim > 1:
             raise InvalidInput(f"std has shape {tuple(self.std.shape)}; GaussianNoise takes a number or shape (num_data,).")
         if not bool((torch.isfinite(self.std) & (self.std > 0)).all()):

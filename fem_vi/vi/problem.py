@@ -143,7 +143,10 @@ class InverseProblem:
 def _checked_data(prior: FieldPrior, likelihood: Likelihood, y: Tensor) -> Tensor:
     comm = prior.comm
     with raise_on_all(comm):
-        y = torch.as_tensor(y).detach().to(torch.float64)
+        y = torch.as_tensor(y).detach()
+        if y.is_complex():
+            raise InvalidInput(f"y is {y.dtype}; data are real. Give real and imaginary parts as data of their own.")
+        y = y.to(torch.float64, copy=True)
         if y.ndim != 1 or len(y) == 0:
             raise InvalidInput(f"y has shape {tuple(y.shape)}; an inverse problem takes data as one vector, (num_data,).")
         if not bool(torch.isfinite(y).all()):

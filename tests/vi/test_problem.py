@@ -102,6 +102,7 @@ def test_joint_density_and_cost():
         (torch.zeros(0), "one vector"),
         (torch.tensor([0.0, float("nan"), float("inf")]), r"not finite at \[1, 2\] \(2 of 3"),
         (torch.zeros(4), "std has 3 entries"),
+        (torch.zeros(3, dtype=torch.complex128), "complex128; data are real"),
     ],
 )
 def test_problem_refuses_data(y, words):
@@ -116,6 +117,15 @@ def test_problem_names_the_bad_shape():
         problem.log_likelihood(torch.zeros(2, 5))
     with pytest.raises(InvalidInput, match="the prior's 5 entries"):
         problem.log_likelihood(torch.zeros(2, 4))
+
+
+def test_problem_and_noise_keep_copies():
+    y, std = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
+    problem = InverseProblem(GaussianVector(torch.zeros(2)), lambda m: m, GaussianNoise(std), y)
+    y += 1.0
+    std *= 2.0
+    assert problem.y.tolist() == [0.0, 0.0]
+    assert problem.likelihood.std.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.mpi
