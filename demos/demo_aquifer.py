@@ -73,7 +73,7 @@ def aquifer_flow(data: fem_vi.MeshData, degree: int = 1) -> Flow:
 def read_columns(path: Path) -> np.ndarray:
     """The numbers of a CSV file with one line of names."""
     with path.open() as file:
-        return np.array([[float(x) for x in row] for row in list(csv.reader(file))[1:]])
+        return np.array([[float(x) for x in row] for row in list(csv.reader(file))[1:] if row])
 
 
 # ## The posterior

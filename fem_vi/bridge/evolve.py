@@ -96,7 +96,7 @@ class Evolve(BatchedOperator):
         self.save = _saved(save, num_steps)
         u0 = _Given("u0", pde.unknown.shape, pde.unknown.layout)
         arguments = [_per_step(given, num_steps) if yes else given for given, yes in zip(pde.inputs, varies, strict=True)]
-        super().__init__(pde.comm, [u0, *arguments], (len(self.save), pde.unknown.size))
+        super().__init__(pde.space.mesh, [u0, *arguments], (len(self.save), pde.unknown.size))
         self.pde = pde.with_inputs(previous, *(constant for constant, _ in clocks))
         self._step = TimeStep(
             self.pde,

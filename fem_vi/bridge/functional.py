@@ -52,7 +52,7 @@ class Functional(BatchedOperator):
             if not any(given is symbol for symbol in symbols):
                 raise InvalidInput(f"inputs[{position}] does not occur in the form.")
         copies, self._fixed = create_copies(form, inputs)
-        super().__init__(form.ufl_domain().ufl_cargo().comm, copies, ())
+        super().__init__(form.ufl_domain().ufl_cargo(), copies, ())
         expanded = pin_quadrature(expand_derivatives(ufl.replace(form, {c.given: c.symbol for c in (*copies, *self._fixed)})))
         self._copies = copies
         self._form = ScalarForm(expanded)

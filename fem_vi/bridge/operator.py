@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ from torch import Tensor
 from fem_vi.bridge.layout import as_numpy
 from fem_vi.errors import InvalidInput, UnsupportedDerivative
 from fem_vi.parallel import all_values, raise_on_all
-from fem_vi.pde.inputs import Array
+from fem_vi.pde.inputs import Array, FrozenMesh
 
 _calls = itertools.count()
+_one_at_a_time = threading.RLock()  # PETSc is not safe for threads, and operators write to Functions of their own
 _FIRST_ROW = np.zeros(1, dtype=np.intp)
 
 
@@ -76,13 +78,14 @@ class BatchedOperator(ABC):
     """A differentiable function of field tensors and replicated tensors, evaluated sample by sample.
 
     Args:
-        comm: Communicator of the mesh.
+        mesh: DOLFINx mesh that it is built on.
         inputs: What the operator takes, in order.
         output_shape: Shape of one sample's output.
     """
 
-    def __init__(self, comm: MPI.Comm, inputs: Sequence[Argument], output_shape: tuple[int, ...]) -> None:
-        self.comm = comm
+    def __init__(self, mesh: Any, inputs: Sequence[Argument], output_shape: tuple[int, ...]) -> None:
+        self.comm: MPI.Comm = mesh.comm
+        self._mesh = FrozenMesh(mesh)
         self._inputs = tuple(inputs)
         self._output_shape = output_shape
 
@@ -116,6 +119,7 @@ class BatchedOperator(ABC):
         MPI: Collective.
         """
         with raise_on_all(self.comm):
+            self._mesh.check_unchanged()
             self._check_state()
             batch, rows = _plan(self._name, inputs, self._inputs)
         self._check_ranks(batch, inputs)
@@ -130,10 +134,13 @@ class BatchedOperator(ABC):
         self, call: Call, g: Tensor, out: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """The gradients of all inputs that want one, each in the shape of its input. Collective."""
+        with raise_on_all(self.comm):
+            self._mesh.check_unchanged()
         flat = self._flat(inputs)
         grads = [np.zeros(x.shape) if want else None for x, want in zip(flat, wanted, strict=True)]
         size = (call.num_samples, math.prod(self._output_shape))
-        self._backward(call, flat, as_numpy(out).reshape(size), as_numpy(g).reshape(size), grads)
+        with _one_at_a_time:
+            self._backward(call, flat, as_numpy(out).reshape(size), as_numpy(g).reshape(size), grads)
         return [None if grad is None else torch.from_numpy(grad.reshape(x.shape)) for grad, x in zip(grads, inputs, strict=True)]
 
     def _flat(self, inputs: Sequence[Tensor]) -> list[Array]:
@@ -211,7 +218,8 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: BatchedOperator, call: Call, *inputs: Tensor) -> Tensor:
-        values = operator._forward(call, operator._flat(inputs))
+        with _one_at_a_time:
+            values = operator._forward(call, operator._flat(inputs))
         out = torch.from_numpy(values.reshape((*call.batch, *operator._output_shape)))
         ctx.operator, ctx.call = operator, call
         ctx.save_for_backward(out, *inputs)

@@ -36,7 +36,7 @@ class Residual(BatchedOperator):
     """
 
     def __init__(self, pde: WeakForm) -> None:
-        super().__init__(pde.comm, [pde.unknown, *pde.inputs], pde.unknown.shape)
+        super().__init__(pde.space.mesh, [pde.unknown, *pde.inputs], pde.unknown.shape)
         self.pde = pde
         self._form = VectorForm(pde.form)
         self._vjp = ResidualVjp(pde)

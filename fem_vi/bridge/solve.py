@@ -58,7 +58,7 @@ class Solve(BatchedOperator):
     """
 
     def __init__(self, pde: WeakForm, *, petsc_options: Mapping[str, Option] | None = None, factor_budget: int = 2**30) -> None:
-        super().__init__(pde.comm, pde.inputs, pde.unknown.shape)
+        super().__init__(pde.space.mesh, pde.inputs, pde.unknown.shape)
         self.pde = pde
         self._equation = StateEquation(pde, petsc_options or {}, factor_budget)
         self._vjp = ResidualVjp(pde)

@@ -18,7 +18,7 @@ from dolfinx import fem
 from dolfinx.fem import petsc as fem_petsc
 from petsc4py import PETSc
 
-from fem_vi.errors import SolveFailed
+from fem_vi.errors import InvalidInput, SolveFailed
 from fem_vi.parallel import max_over_ranks
 from fem_vi.pde import _compat
 from fem_vi.pde.boundary import Boundary
@@ -96,7 +96,10 @@ class Factor:
         self.ksp = PETSc.KSP().create(matrix.comm)
         self.ksp.setOptionsPrefix(options.prefix)
         self.ksp.setOperators(matrix)
-        self.ksp.setFromOptions()
+        try:
+            self.ksp.setFromOptions()
+        except PETSc.Error as error:
+            raise InvalidInput(f"PETSc does not take these petsc_options: {petsc_words(error)}") from error
         method, preconditioner = self.ksp.getType(), self.ksp.getPC().getType()
         self._direct = method == "preonly"
         self._symmetric = method in ("cg", "minres", "symmlq", "pipecg") or preconditioner in ("cholesky", "icc")
@@ -183,17 +186,13 @@ class Factor:
                 f"KSP stopped with {reason_name(PETSc.KSP.ConvergedReason, reason)} after {ksp.getIterationNumber()} iterations, "
                 f"relative residual {ksp.getResidualNorm():.1e}"
             )
-        if self._direct and self._sound:
-            return  # the same factors have solved a system already
+        if self._direct and self._transposes and self._sound:
+            return  # LU factors that have solved one system solve any; Cholesky's need a symmetric matrix too
         (self.matrix.multTranspose if transposed else self.matrix.mult)(self._x, self._residual)
         self._residual.axpy(-1.0, self._b)
         size = self._residual.norm()
         if not size <= (RESIDUAL_BOUND if self._direct else max(RESIDUAL_BOUND, 1e3 * ksp.getTolerances()[0])):
-            cause = (
-                "the Jacobian is singular or nearly so"
-                if self._direct
-                else "its preconditioner or method does not fit the Jacobian"
-            )
+            cause = "the Jacobian is singular or nearly so, or the method does not fit it (Cholesky and CG want it symmetric)"
             raise SolveFailed(f"the linear solver left a relative residual of {size:.1e}: {cause}")
 
     def num_bytes(self) -> int:

@@ -67,11 +67,28 @@ class FunctionInput:
 
     def changed(self) -> bool:
         """Whether the caller's Function differs from what it was when the copy was made."""
-        return not np.array_equal(self.given.x.array, self._frozen)
+        return not np.array_equal(self.given.x.array, self._frozen, equal_nan=True)
 
     def check_unchanged(self) -> None:
         """Refuse a changed original; see `check_unchanged`."""
         check_unchanged(self)
+
+
+class FrozenMesh:
+    """The coordinates of a mesh as they were when an operator was built on it."""
+
+    def __init__(self, mesh: Any) -> None:
+        self._mesh = mesh
+        self._coordinates = mesh.geometry.x.copy()
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on where the mesh has been moved. Not collective.
+
+        Raises:
+            InvalidInput: What was assembled before belongs to the old mesh.
+        """
+        if not np.array_equal(self._mesh.geometry.x, self._coordinates):
+            raise InvalidInput("The mesh has been moved since the operator was built. Build the operator again on it.")
 
 
 class ConstantInput:
@@ -93,7 +110,7 @@ class ConstantInput:
 
     def changed(self) -> bool:
         """Whether the caller's Constant differs from what it was when the copy was made."""
-        return not np.array_equal(self.given.value, self._frozen)
+        return not np.array_equal(self.given.value, self._frozen, equal_nan=True)
 
     def check_unchanged(self) -> None:
         """Refuse a changed original; see `check_unchanged`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dolfinx
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import ufl
-from dolfinx import fem
+from dolfinx import fem, mesh
 from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
 import fem_vi
-from tests.helpers import boundary_dofs, everywhere, interpolated, square
+from tests.helpers import CASES, boundary_dofs, everywhere, interpolated, square
 
 COMM = MPI.COMM_WORLD
 
@@ -192,3 +193,44 @@ def test_options_of_one_operator_do_not_reach_another() -> None:
     assert np.isfinite(free(ones(V)).numpy()).all()
     with pytest.raises(fem_vi.SolveFailed):
         limited(ones(V))
+
+
+def test_cholesky_of_a_jacobian_without_symmetry_is_found_out_at_any_solve() -> None:
+    """The first right-hand side does not touch the entry that breaks the symmetry; the second does, with the same factor."""
+    msh = mesh.create_unit_square(MPI.COMM_SELF, 1, 1)
+    W = fem.functionspace(msh, ("DG", 0, (2,)))
+    u, f, v = fem.Function(W), fem.Function(W), ufl.TestFunction(W)
+    F = ufl.inner(u, v) * ufl.dx + 5 * u[0] * v[1] * ufl.dx - ufl.inner(f, v) * ufl.dx
+    solve = fem_vi.Solve(fem_vi.WeakForm(F, state=u, inputs=[f]), petsc_options={"pc_type": "cholesky"})
+    harmless = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    assert torch.allclose(solve(harmless), harmless)
+    with pytest.raises(fem_vi.SolveFailed, match="symmetric"):
+        solve(torch.ones(4, dtype=torch.float64))
+
+
+def test_unknown_preconditioner_is_named() -> None:
+    case = CASES["log_diffusion"](MPI.COMM_SELF)
+    with pytest.raises(fem_vi.InvalidInput, match="nonsense"):
+        fem_vi.Solve(case.pde, petsc_options={"pc_type": "nonsense"})(*case.values)
+
+
+def test_moved_mesh_is_noticed_forward_and_backward() -> None:
+    case = CASES["source_and_data"](MPI.COMM_SELF)
+    solve = fem_vi.Solve(case.pde)
+    inputs = [x.clone().requires_grad_() for x in case.values]
+    u = solve(*inputs)
+    case.pde.space.mesh.geometry.x[:, 0] *= 2.0
+    with pytest.raises(fem_vi.InvalidInput, match="moved"):
+        solve(*inputs)
+    with pytest.raises(fem_vi.InvalidInput, match="moved"):
+        u.sum().backward()
+
+
+def test_threads_take_turns() -> None:
+    case = CASES["log_diffusion"](MPI.COMM_SELF)
+    solve = fem_vi.Solve(case.pde)
+    inputs = [case.values[0], 2.0 * case.values[0]]
+    right = [solve(m) for m in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        for k, u in zip([0, 1] * 200, pool.map(lambda k: solve(inputs[k]), [0, 1] * 200), strict=True):
+            assert torch.allclose(u, right[k], rtol=1e-12)
