@@ -27,7 +27,17 @@ from fem_vi.vi.optimizer import Constant, Cosine, OptimizerFactory, default_opti
 from fem_vi.vi.problem import Cost, InverseProblem
 from fem_vi.vi.progress import progress_bar
 from fem_vi.vi.randomness import private_generator
-from fem_vi.vi.run import COLUMNS, Row, Run, describe_problem, describe_versions, name_of, rows_of
+from fem_vi.vi.run import (
+    COLUMNS,
+    Row,
+    Run,
+    describe_forward,
+    describe_problem,
+    describe_versions,
+    differing,
+    name_of,
+    rows_of,
+)
 from fem_vi.vi.session import Session, make_checkpoint, take_checkpoint
 from fem_vi.vi.start import GaussNewton, PresentParameters, default_start
 from fem_vi.vi.state import gather_parameters, is_field
@@ -100,6 +110,8 @@ def fit(
         session.continue_from(Cost(), 0.0)
         choices = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
         config = _describe(session, choices, seed)
+        if folder is not None:
+            config["problem"]["forward"] = describe_forward(problem)
         if folder is None or not _restore(session, folder, config, resume):
             begin(problem, posterior)
         _loop(session, folder, checkpoint_every, callbacks)
@@ -149,12 +161,17 @@ def _restore(session: Session, folder: Path, config: dict[str, Any], resume: boo
 
 
 def _check_same_run(stored: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-    for name in ("objective", "optimizer", "schedule", "start", "seed", "problem", "posterior"):
+    for name in ("objective", "optimizer", "schedule", "start", "seed", "posterior"):
         if stored.get(name) != config[name]:
             raise RunFolderError(
                 f"{folder} holds a run with {name} {stored.get(name)}; this one has {config[name]}. "
                 "Give fit what that run was started with, or another path."
             )
+    difference = differing(stored.get("problem", {}), config["problem"])
+    if difference is not None:
+        raise RunFolderError(
+            f"{folder} holds a run of another problem: they differ in {difference}. Give fit that problem, or another path."
+        )
 
 
 def _loop(session: Session, folder: Path | None, checkpoint_every: int, callbacks: Sequence[Callable[[Row], None]]) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import platform
+import re
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from fem_vi.errors import SolveFailed
 from fem_vi.output import read_history
 from fem_vi.vi.problem import Cost, InverseProblem
+from fem_vi.vi.randomness import private_generator
+
+# How far vectors of two descriptions of one problem may be apart, as a fraction of their norms.
+AGREEMENT = {"data": 1e-8, "noise": 1e-8, "forward": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -72,22 +81,69 @@ class Run:
 
 
 def name_of(choice: object) -> str:
-    """A value of a run in words that do not change between sessions: functions by name, the rest by `repr`."""
+    """A value of a run in words that do not change between sessions: functions by name, the rest by `repr` without addresses."""
     if isinstance(choice, FunctionType):
         return f"{choice.__module__}.{choice.__qualname__}"
-    return repr(choice)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(choice))
 
 
 def describe_problem(problem: InverseProblem) -> dict[str, Any]:
     """Prior, likelihood and data of a problem, for config.json."""
+    std = getattr(problem.likelihood, "std", None)
     return {
         "prior": name_of(problem.prior),
         "unknowns": problem.prior.num_global,
         "likelihood": name_of(problem.likelihood),
         "num_data": len(problem.y),
-        # To six digits: data made by a simulation differ in the last ones between numbers of ranks.
-        "data_norm": f"{float(problem.y.norm()):.6g}",
+        "data": _sketch(problem.y),
+        "noise": _sketch(std.reshape(-1)) if isinstance(std, Tensor) else None,
     }
+
+
+@torch.no_grad()
+def describe_forward(problem: InverseProblem) -> list[float] | None:
+    """What the forward map makes of one fixed m near the prior mean; None where it has no solution there.
+
+    At the mean itself, linear maps often give zero, all of them. Costs one solve, which no count includes, and no random number.
+
+    MPI: Collective.
+    """
+    spent = replace(problem.cost)
+    with private_generator(0):
+        m = problem.prior.unwhiten(0.1 * problem.prior.white_noise(torch.Size()))
+        try:
+            prediction = problem.predict(m)
+        except SolveFailed:
+            return None
+        finally:
+            problem.cost = spent
+    return _sketch(prediction)
+
+
+def _sketch(x: Tensor) -> list[float]:
+    """Norm and two projections of a vector: few numbers that tell it from others, in another order too."""
+    k = torch.arange(1, len(x) + 1, dtype=torch.float64)
+    x = x.detach().to(torch.float64)
+    return [float(f"{float(value):.12g}") for value in (x.norm(), x @ torch.cos(k * k), x @ torch.cos(math.pi * k.sqrt()))]
+
+
+def differing(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
+    """The first part in which two descriptions of problems differ, in words; None where they agree.
+
+    Vectors need only agree to rounding: those made by a simulation differ in their last digits between numbers of ranks.
+    """
+    words = {"data": "the data y", "noise": "the noise's std", "forward": "the forward map"}
+    for name, value in present.items():
+        other = stored.get(name)
+        if name not in words:
+            if other != value:
+                return f"{name} ({other} there, {value} here)"
+        elif isinstance(other, list) and isinstance(value, list):
+            if max(abs(a - b) for a, b in zip(other, value, strict=True)) > AGREEMENT[name] * (abs(other[0]) + abs(value[0])):
+                return f"{words[name]} (norm {other[0]:.6g} there, {value[0]:.6g} here)"
+        elif other != value:
+            return words[name]
+    return None
 
 
 def describe_versions() -> dict[str, str]:

@@ -282,6 +282,29 @@ def test_does_not_overwrite(tmp_path):
         fit(other, low_rank(split.prior), ELBO(samples=2), resume=True, **arguments)
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("what", ["data", "order", "std", "forward"])
+def test_does_not_go_on_with_another_problem(tmp_path, what):
+    problem, _ = split_pair()
+    std = torch.full((4,), 0.1, dtype=F64)
+
+    def make(y, std, forward):
+        return InverseProblem(problem.prior, forward, GaussianNoise(std), y)
+
+    original = make(problem.y, std, problem.forward)
+    fit(original, low_rank(problem.prior), ELBO(samples=2), steps=2, path=tmp_path / "run")
+    other, words = {
+        "data": (make(problem.y + torch.tensor([1e-4, 0, 0, 0]), std, problem.forward), "the data y"),
+        "order": (make(problem.y.flip(0), std, problem.forward), "the data y"),
+        "std": (make(problem.y, std * torch.tensor([1, 1, 2, 1]), problem.forward), "the noise's std"),
+        "forward": (make(problem.y, std, lambda m: 1.01 * problem.forward(m)), "the forward map"),
+    }[what]
+    with pytest.raises(RunFolderError, match=words):
+        fit(other, low_rank(problem.prior), ELBO(samples=2), steps=3, path=tmp_path / "run", resume=True)
+    nearly = make(problem.y * (1 + 1e-11), std, lambda m: problem.forward(m) * (1 + 1e-8))
+    fit(nearly, low_rank(problem.prior), ELBO(samples=2), steps=3, path=tmp_path / "run", resume=True)
+
+
 @pytest.mark.parametrize("where", ["value", "gradient"])
 def test_not_finite_names_step_and_part(where):
     calls = []
