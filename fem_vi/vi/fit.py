@@ -21,8 +21,8 @@ from fem_vi.output import (
     write_json,
     write_tensors,
 )
-from fem_vi.parallel import agree_on_error, raise_on_all, shared_seed
-from fem_vi.vi.objective import Objective, Terms
+from fem_vi.parallel import agree_on_error, all_values, raise_on_all, shared_seed
+from fem_vi.vi.objective import Objective, Terms, is_whole
 from fem_vi.vi.optimizer import Constant, Cosine, OptimizerFactory, default_optimizer, set_learning_rate
 from fem_vi.vi.problem import Cost, InverseProblem
 from fem_vi.vi.progress import progress_bar
@@ -90,20 +90,28 @@ def fit(
         The fitted module, its history and cost.
 
     Raises:
-        InvalidInput: Where `steps` or `checkpoint_every` is not positive.
+        InvalidInput: Where `steps` or `checkpoint_every` is not whole and positive, arguments differ between ranks, or
+            gradients are switched off.
         NotFinite: Where the loss or its gradient stops being finite.
         RunFolderError: Where `path` holds something else, or its checkpoints cannot be trusted.
 
     MPI: Collective. Rank 0 writes; `path` must be on a file system that all ranks see.
     """
     comm = problem.prior.comm
-    with raise_on_all(comm):
-        if steps < 1 or checkpoint_every < 1:
-            raise InvalidInput(f"steps is {steps} and checkpoint_every is {checkpoint_every}; both must be at least 1.")
-    seed = shared_seed(comm, seed)
     folder = None if path is None else Path(path)
+    with raise_on_all(comm):
+        if not (is_whole(steps) and is_whole(checkpoint_every)) or min(steps, checkpoint_every) < 1:
+            raise InvalidInput(f"steps is {steps} and checkpoint_every is {checkpoint_every}; both must be whole and at least 1.")
+        if not torch.is_grad_enabled():
+            raise InvalidInput("fit takes gradients, and torch.no_grad or inference_mode is on. Call it outside of that block.")
+    given: dict[str, object] = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
+    given |= {"steps": steps, "path": folder, "resume": resume, "checkpoint_every": checkpoint_every}
+    _check_same_on_all_ranks(problem, posterior, given)
+    seed = shared_seed(comm, seed)
     with private_generator(seed):
         begin = default_start(problem, posterior) if start is None else start
+        if resume and folder is not None and start is None and optimizer is None:
+            begin = _stored_start(problem, folder, begin)
         if optimizer is None:
             optimizer = default_optimizer(problem.prior.num_global, linearised=isinstance(begin, GaussNewton))
         session = Session(problem, posterior, objective, optimizer(posterior.parameters()), schedule, steps)
@@ -118,6 +126,43 @@ def fit(
         if folder is not None:
             _write_results(session, folder)
     return Run(posterior, tuple(session.history), config, session.cost(), folder)
+
+
+def _check_same_on_all_ranks(problem: InverseProblem, posterior: nn.Module, given: Mapping[str, object]) -> None:
+    """Raise on all ranks where they were given different arguments, which would leave some waiting for others. Collective."""
+    comm = problem.prior.comm
+    own = {name: name_of(value) for name, value in given.items()}
+    # The last axis of a field tensor is what a rank owns.
+    for name, value in posterior.named_parameters():
+        own[f"posterior.{name}"] = str(tuple(value.shape[:-1] if is_field(posterior, name) else value.shape))
+    ranks = all_values(comm, own)
+    for name in sorted(set().union(*ranks)):
+        values = [words.get(name, "missing") for words in ranks]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise InvalidInput(
+                f"{name} is {values[0]} on rank 0 and {values[other]} on rank {other}; fit needs the same on all ranks."
+            )
+
+
+def _stored_start(
+    problem: InverseProblem, folder: Path, begin: GaussNewton | PresentParameters
+) -> GaussNewton | PresentParameters:
+    """The start that the run in a folder chose by default; `begin` where there is no such run. Collective.
+
+    The default depends on whether the posterior is new, and one that was fitted before in this process is not.
+    """
+    prior = problem.prior
+    name = ""
+    with raise_on_all(prior.comm):
+        if prior.comm.rank == 0 and (folder / "config.json").exists():
+            name = str(read_json(folder / "config.json").get("optimizer"))
+    name = all_values(prior.comm, name)[0]
+    choices: tuple[GaussNewton | PresentParameters, ...] = (GaussNewton(), PresentParameters())
+    for choice in choices:
+        if name == name_of(default_optimizer(prior.num_global, linearised=isinstance(choice, GaussNewton))):
+            return choice
+    return begin
 
 
 def _describe(session: Session, choices: Mapping[str, object], seed: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -66,6 +67,11 @@ class AnalyticKL:
     """
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer, Python's or numpy's, and not a truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class ELBO:
     """The evidence lower bound, by the reparameterised estimator.
@@ -88,8 +94,8 @@ class ELBO:
     gradient: PathDerivative | AnalyticKL = PathDerivative()
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise InvalidInput(f"ELBO(samples={self.samples}): at least one sample is needed.")
+        if not is_whole(self.samples) or self.samples < 1:
+            raise InvalidInput(f"ELBO(samples={self.samples}): a whole number is needed, at least one.")
 
     def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Terms:
         """Estimate the bound.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from fem_vi.bridge.layout import all_sum
 from fem_vi.errors import InvalidInput
-from fem_vi.parallel import raise_on_all
+from fem_vi.parallel import all_values, raise_on_all
 from fem_vi.vi.prior import FieldPrior
 
 
@@ -64,7 +65,7 @@ class InverseProblem:
         cost: Samples solved so far; a running count.
 
     Raises:
-        InvalidInput: Where y is not a finite vector, differs between ranks, or does not fit the likelihood.
+        InvalidInput: Where y is not a finite real vector, y or the noise differs between ranks, or y does not fit the likelihood.
 
     MPI: Collective.
 
@@ -163,4 +164,10 @@ def _checked_data(prior: FieldPrior, likelihood: Likelihood, y: Tensor) -> Tenso
                 f"y on rank {comm.rank} differs from rank 0 (largest difference {float((first - y).abs().max()):.3g}). "
                 "Read or make the data with one seed on all ranks, or broadcast them."
             )
+    std = getattr(likelihood, "std", None)
+    content = (tuple(std.shape), crc32(std.detach().cpu().numpy().tobytes())) if isinstance(std, Tensor) else None
+    contents = all_values(comm, content)
+    if contents.count(contents[0]) < comm.size:
+        other = next(rank for rank, value in enumerate(contents) if value != contents[0])
+        raise InvalidInput(f"the noise's std on rank {other} differs from rank 0; it must be the same on all ranks.")
     return y

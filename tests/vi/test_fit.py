@@ -322,6 +322,59 @@ def test_not_finite_names_step_and_part(where):
         fit(problem, MeanFieldNormal(prior), ELBO(samples=4), steps=5, start=PresentParameters())
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("what", ["steps", "objective", "schedule", "optimizer", "path", "checkpoint_every", "rank", "start"])
+def test_arguments_that_differ_between_ranks(tmp_path, what):
+    comm = MPI.COMM_WORLD
+    last = comm.rank == comm.size - 1 and comm.size > 1
+    split, _ = split_pair()
+    arguments = {"objective": ELBO(samples=2), "steps": 2, "path": tmp_path / "run"}
+    others = {
+        "steps": 3,
+        "objective": ELBO(samples=3),
+        "schedule": Constant(),
+        "optimizer": Adam(),
+        "path": None,
+        "checkpoint_every": 3,
+        "start": PresentParameters(),
+    }
+    if last and what in others:
+        arguments[what] = others[what]
+    posterior = low_rank(split.prior, 3 if last and what == "rank" else 2)
+    if comm.size == 1:
+        assert len(fit(split, posterior, **arguments).history) == 2
+        return
+    with pytest.raises(InvalidInput, match=r"posterior.U is \(2,\) on rank 0" if what == "rank" else f"{what} is .* on rank 0"):
+        fit(split, posterior, **arguments)
+
+
+def test_goes_on_with_the_posterior_it_fitted(tmp_path):
+    affine = Affine.create()
+    for name, start in {"default": None, "prior": PresentParameters()}.items():
+        posterior = low_rank(affine.prior)
+        arguments = {"path": tmp_path / name, "start": start}
+        fit(affine.problem(), posterior, ELBO(samples=2), steps=3, schedule=Constant(), **arguments)
+        run = fit(affine.problem(), posterior, ELBO(samples=2), steps=6, schedule=Constant(), resume=True, **arguments)
+        whole = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=6, schedule=Constant(), start=start)
+        assert numbers_of(run) == numbers_of(whole)
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+def test_refuses_to_work_without_gradients(block):
+    affine = Affine.create()
+    with block(), pytest.raises(InvalidInput, match="no_grad or inference_mode"):
+        fit(affine.problem(), low_rank(affine.prior), ELBO(), steps=1)
+
+
+@pytest.mark.parametrize("number", [2.5, 2.0, True, "2"])
+def test_refuses_what_is_no_whole_number(number):
+    affine = Affine.create()
+    with pytest.raises(InvalidInput, match="whole"):
+        fit(affine.problem(), low_rank(affine.prior), ELBO(), steps=number)
+    with pytest.raises(InvalidInput, match="whole"):
+        ELBO(samples=number)
+
+
 def test_refuses_no_steps():
     affine = Affine.create()
     with pytest.raises(InvalidInput, match="steps is 0"):

@@ -154,6 +154,19 @@ def test_data_that_differ_between_ranks(wrong):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("std", [torch.tensor(2.0, dtype=F64), torch.tensor([1.0, 2.0], dtype=F64), torch.ones(2, dtype=F64)])
+def test_noise_that_differs_between_ranks(std):
+    comm = MPI.COMM_WORLD
+    noise = GaussianNoise(std if comm.rank == comm.size - 1 else 1.0)
+    prior = GaussianVector(torch.zeros(2), comm=comm)
+    if comm.size == 1:
+        assert InverseProblem(prior, lambda m: m, noise, torch.zeros(2)).likelihood is noise
+        return
+    with pytest.raises(InvalidInput, match=f"std on rank {comm.size - 1} differs"):
+        InverseProblem(prior, lambda m: m, noise, torch.zeros(2))
+
+
+@pytest.mark.mpi
 def test_bad_forward_on_one_rank_is_raised_on_all():
     comm = MPI.COMM_WORLD
     prior = GaussianVector(torch.zeros(2), comm=comm)
