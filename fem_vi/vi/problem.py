@@ -90,7 +90,8 @@ class InverseProblem:
             `(*batch, num_data)`, replicated.
 
         Raises:
-            InvalidInput: Where m or what the forward map returned has the wrong shape.
+            InvalidInput: Where m has the wrong shape, or the forward map returned no tensor, one of another shape or dtype, or
+                NaN.
 
         MPI: Collective.
         """
@@ -101,10 +102,22 @@ class InverseProblem:
         prediction = self.forward(m)
         expected = (*m.shape[:-1], *self.y.shape)
         with raise_on_all(self.prior.comm):
+            if not isinstance(prediction, Tensor):
+                raise InvalidInput(
+                    f"forward returned {type(prediction).__name__}; it must return a torch tensor of shape {expected}."
+                )
             if prediction.shape != expected:
                 raise InvalidInput(
                     f"forward took m of shape {tuple(m.shape)} and returned shape {tuple(prediction.shape)}; with {len(self.y)} "
                     f"data it must be {expected}. Does it end in an observation, and keep the batch axes?"
+                )
+            if prediction.dtype not in (torch.float64, m.dtype):
+                raise InvalidInput(f"forward took {m.dtype} and returned {prediction.dtype}; it must return torch.float64.")
+            if bool(torch.isnan(prediction).any()):
+                bad = int(torch.isnan(prediction).any(-1).sum())
+                raise InvalidInput(
+                    f"forward returned NaN for {bad} of {prediction[..., 0].numel()} samples. Does it divide by zero, or take a "
+                    "root or logarithm of what can be negative?"
                 )
         self._count(prediction)
         return prediction

@@ -160,7 +160,7 @@ def _line_search(problem: InverseProblem, xi: Tensor, step: Tensor, slope: float
         trial = xi + length * step
         try:
             prediction = problem.predict(problem.prior.unwhiten(trial))
-        except SolveFailed:
+        except (SolveFailed, InvalidInput):  # no solution, or NaN: too far
             continue
         residual = problem.likelihood.standardise(problem.y, prediction)
         phi = 0.5 * float(problem.prior.all_sum(trial @ trial) + residual @ residual)

@@ -375,6 +375,14 @@ def test_refuses_what_is_no_whole_number(number):
         ELBO(samples=number)
 
 
+def test_start_steps_back_from_where_the_forward_map_is_not_defined():
+    # The first full Gauss-Newton step, from 0 towards -2.9, is beyond the logarithm's pole.
+    prior = GaussianVector(torch.zeros(1))
+    problem = InverseProblem(prior, lambda m: torch.log(1 + m), GaussianNoise(0.1), torch.tensor([-2.9]))
+    run = fit(problem, MeanFieldNormal(prior), ELBO(samples=1), steps=1, optimizer=Adam(lr=1e-9), start=GaussNewton())
+    assert -1 < float(run.posterior.mu) < -0.8
+
+
 def test_refuses_no_steps():
     affine = Affine.create()
     with pytest.raises(InvalidInput, match="steps is 0"):

@@ -119,6 +119,23 @@ def test_problem_names_the_bad_shape():
         problem.log_likelihood(torch.zeros(2, 4))
 
 
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (lambda m: None, "forward returned NoneType"),
+        (lambda m: (m, m), "forward returned tuple"),
+        (lambda m: m.numpy(), "forward returned ndarray"),
+        (lambda m: m.to(torch.float32), "returned torch.float32; it must return torch.float64"),
+        (lambda m: m.to(torch.complex128), "returned torch.complex128"),
+        (lambda m: torch.log(m - 1.0), "forward returned NaN for 2 of 3 samples"),
+    ],
+)
+def test_problem_refuses_predictions(forward, words):
+    problem = InverseProblem(GaussianVector(torch.zeros(2)), forward, GaussianNoise(1.0), torch.zeros(2))
+    with pytest.raises(InvalidInput, match=words):
+        problem.predict(torch.tensor([[0.0, 2.0], [0.0, 0.0], [2.0, 2.0]], dtype=F64))
+
+
 def test_problem_and_noise_keep_copies():
     y, std = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
     problem = InverseProblem(GaussianVector(torch.zeros(2)), lambda m: m, GaussianNoise(std), y)
