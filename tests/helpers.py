@@ -204,11 +204,13 @@ CASES: dict[str, Callable[[MPI.Comm], Case]] = {
 }
 
 
-def paired(comm: MPI.Comm, tensors: list[Tensor], weights: list[Tensor]) -> list[float]:
-    """The pairing of each tensor with its weight: summed over ranks for fields, as it is for what is replicated."""
+def paired(comm: MPI.Comm, tensors: list[Tensor], weights: list[Tensor], are_fields: list[bool]) -> list[float]:
+    """The pairing of each tensor with its weight: summed over ranks for fields, as it is for what is replicated.
+
+    Which is which is told and not guessed from the shape: a rank may own three entries of a field, or none.
+    """
     out = []
-    for x, w in zip(tensors, weights, strict=True):
+    for x, w, is_field in zip(tensors, weights, are_fields, strict=True):
         local = float((x * w).sum())
-        is_field = x.ndim == 1 and x.numel() > 3
         out.append(comm.allreduce(local, op=MPI.SUM) if is_field else local)
     return out

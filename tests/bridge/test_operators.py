@@ -23,8 +23,8 @@ def leaves(case: Case, *, scale: float = 1.0) -> list[Tensor]:
     return [(scale * x).clone().requires_grad_() for x in case.values]
 
 
-def is_field(case: Case, k: int) -> bool:
-    return case.pde.inputs[k].is_field
+def fields_of(case: Case) -> list[bool]:
+    return [given.is_field for given in case.pde.inputs]
 
 
 def loss_of(case: Case, u: Tensor, comm: MPI.Comm) -> Tensor:
@@ -64,7 +64,7 @@ def test_taylor_remainder_is_second_order(build: Callable[[MPI.Comm], Case]) -> 
     inputs = leaves(case)
     start = loss_of(case, solve(*inputs), COMM)
     gradients = torch.autograd.grad(start, inputs)
-    slope = sum(paired(COMM, list(gradients), case.weights[:-1]))
+    slope = sum(paired(COMM, list(gradients), case.weights[:-1], fields_of(case)))
     remainders = []
     for step in (2e-2, 1e-2, 5e-3):
         moved = [x.detach() + step * w for x, w in zip(inputs, case.weights[:-1], strict=True)]
@@ -83,7 +83,7 @@ def test_any_number_of_ranks_gives_the_same(build: Callable[[MPI.Comm], Case]) -
         u = fem_vi.Solve(case.pde)(*inputs)
         loss = loss_of(case, u, comm)
         gradients = torch.autograd.grad(loss, inputs)
-        numbers.append([float(loss.detach()), *paired(comm, list(gradients), case.weights[:-1])])
+        numbers.append([float(loss.detach()), *paired(comm, list(gradients), case.weights[:-1], fields_of(case))])
     assert np.allclose(numbers[0], numbers[1], rtol=1e-9, atol=1e-11)
 
 
@@ -101,7 +101,7 @@ def test_adjoint_of_residual(build: Callable[[MPI.Comm], Case]) -> None:
     ahead, behind = (residual(*[x.detach() + s * d for x, d in zip(at, directions, strict=True)]) for s in (step, -step))
     left = float(fem_vi.all_sum(((ahead - behind) / (2 * step) * w).sum(), COMM))
     gradients = torch.autograd.grad(residual(*at), at, grad_outputs=w)
-    right = sum(paired(COMM, list(gradients), directions))
+    right = sum(paired(COMM, list(gradients), directions, [True, *fields_of(case)]))
     assert left == pytest.approx(right, rel=1e-7, abs=1e-8)
 
 
