@@ -33,8 +33,10 @@ test-demos:
 test-long:  ## the tests that take minutes
 	@$(RUN) timeout --kill-after=10 7200 $(PYTEST) -m long
 
-bench:  ## benchmarks, each against its floor
+bench:  ## benchmarks, against floors and other packages; for a quiet machine
 	@for each in tests/benchmarks/bench_*.py; do $(RUN) python3 -m tests.benchmarks.$$(basename $$each .py) || exit 1; done
+	@$(MPI) 2 python3 -m tests.benchmarks.bench_scaling
+	@$(RUN) python3 -m tests.benchmarks.peers
 
 doctor:  ## what this machine has, and what will hurt
 	@$(RUN) fem-vi doctor
