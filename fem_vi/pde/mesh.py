@@ -81,11 +81,11 @@ class MeshData:
         return self.facet_tags.find(self.facet_tag(name))
 
     def cell_tag(self, name: str) -> int:
-        """The tag of the cells called `name`, for `ufl.dx(tag)`; raises InvalidInput where there are none."""
+        """The tag of the cells called `name`, for a Measure with `cell_tags`; raises InvalidInput where there are none."""
         return self._tag(name, self.mesh.topology.dim, "cells")
 
     def facet_tag(self, name: str) -> int:
-        """The tag of the facets called `name`, for `ufl.ds(tag)` or `ufl.dS(tag)`; raises InvalidInput where there are none."""
+        """The tag of the facets called `name`, for a Measure with `facet_tags`; raises InvalidInput where there are none."""
         return self._tag(name, self.mesh.topology.dim - 1, "facets")
 
     def _tag(self, name: str, dim: int, what: str) -> int:

@@ -16,6 +16,8 @@ import ufl
 from ufl.algorithms import estimate_total_polynomial_degree
 from ufl.algorithms.apply_integral_scaling import compute_integrand_scaling_factor
 
+from fem_vi.pde.measures import share_subdomain_data
+
 
 def pin_quadrature(form: ufl.Form) -> ufl.Form:
     """The same form with the degrees that the form compiler would choose for it written down.
@@ -27,8 +29,13 @@ def pin_quadrature(form: ufl.Form) -> ufl.Form:
         form: UFL form with derivatives expanded.
 
     Returns:
-        Form whose integrals all state a quadrature degree; degrees that the user chose stay.
+        Form whose integrals all state a quadrature degree; degrees that the user chose stay. Integrals of one kind have the
+        same subdomain data, see `share_subdomain_data`.
+
+    Raises:
+        UnsupportedForm: Where the subdomain data of the form contradict each other, or a tag has none.
     """
+    form = share_subdomain_data(form)
     degrees: dict[Hashable, int] = {}
     for integral in form.integrals():
         key = _group(integral)

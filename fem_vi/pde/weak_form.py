@@ -31,7 +31,8 @@ class WeakForm:
 
     Raises:
         InvalidInput: Where an input is of the wrong kind, occurs twice, or occurs nowhere in the form or conditions.
-        UnsupportedForm: Where F does not have exactly one argument, or its test function lives in another space.
+        UnsupportedForm: Where F does not have exactly one argument, its test function lives in another space, or measures of one
+            kind have different subdomain data or a tag without any.
 
     Attributes:
         form: F on the private copies.
