@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from fem_vi.errors import InvalidInput
+from fem_vi.arguments import instance, whole
 from fem_vi.parallel import raise_on_all, shared_seed
 from fem_vi.vi.objective import draw
 from fem_vi.vi.posterior.whitened import closed_form_kl
@@ -96,14 +96,15 @@ def diagnose(problem: InverseProblem, posterior: nn.Module, *, samples: int = 10
         The numbers and a verdict; `print` shows a table.
 
     Raises:
-        InvalidInput: Where there are fewer than 100 samples.
+        InvalidInput: Where an argument is of the wrong type, or there are fewer than 100 samples.
 
     MPI: Collective.
     """
+    instance("problem", problem, InverseProblem)
     comm = problem.prior.comm
     with raise_on_all(comm):
-        if samples < FEWEST_SAMPLES or batch < 1:
-            raise InvalidInput(f"diagnose: samples is {samples}, batch {batch}; at least {FEWEST_SAMPLES} and 1 are needed.")
+        samples, batch = whole("samples", samples, least=FEWEST_SAMPLES), whole("batch", batch, least=1)
+        seed = whole("seed", seed)
     with private_generator(shared_seed(comm, seed)), torch.no_grad():
         q = posterior()
         kl = closed_form_kl(q, problem.prior)

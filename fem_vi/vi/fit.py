@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
+from fem_vi.arguments import instance, whole
 from fem_vi.errors import InvalidInput, NotFinite, RunFolderError
 from fem_vi.output import (
     HistoryFile,
@@ -22,7 +25,7 @@ from fem_vi.output import (
     write_tensors,
 )
 from fem_vi.parallel import agree_on_error, all_values, raise_on_all, shared_seed
-from fem_vi.vi.objective import Objective, Terms, is_whole
+from fem_vi.vi.objective import Objective, Terms
 from fem_vi.vi.optimizer import Constant, Cosine, OptimizerFactory, default_optimizer, set_learning_rate
 from fem_vi.vi.problem import Cost, InverseProblem
 from fem_vi.vi.progress import progress_bar
@@ -90,20 +93,30 @@ def fit(
         The fitted module, its history and cost.
 
     Raises:
-        InvalidInput: Where `steps` or `checkpoint_every` is not whole and positive, arguments differ between ranks, or
-            gradients are switched off.
+        InvalidInput: Where an argument is of the wrong type, `steps` or `checkpoint_every` is below 1, arguments differ
+            between ranks, or gradients are switched off.
         NotFinite: Where the loss or its gradient stops being finite.
-        RunFolderError: Where `path` holds something else, or its checkpoints cannot be trusted.
+        RunFolderError: Where `path` is a file or holds something else, or what it holds of a run is damaged.
 
     MPI: Collective. Rank 0 writes; `path` must be on a file system that all ranks see.
     """
+    instance("problem", problem, InverseProblem)
     comm = problem.prior.comm
-    folder = None if path is None else Path(path)
     with raise_on_all(comm):
-        if not (is_whole(steps) and is_whole(checkpoint_every)) or min(steps, checkpoint_every) < 1:
-            raise InvalidInput(f"steps is {steps} and checkpoint_every is {checkpoint_every}; both must be whole and at least 1.")
+        instance("posterior", posterior, nn.Module)
+        instance("objective", objective, Callable)  # type: ignore[arg-type]
+        instance("path", path, str, PathLike, NoneType)
+        instance("optimizer", optimizer, Callable, NoneType)  # type: ignore[arg-type]
+        instance("schedule", schedule, Callable)  # type: ignore[arg-type]
+        instance("start", start, GaussNewton, PresentParameters, NoneType)
+        instance("callbacks", callbacks, Sequence)
+        for callback in callbacks:
+            instance("callbacks: an entry", callback, Callable)  # type: ignore[arg-type]
+        steps, checkpoint_every = whole("steps", steps, least=1), whole("checkpoint_every", checkpoint_every, least=1)
+        seed = whole("seed", seed)
         if not torch.is_grad_enabled():
             raise InvalidInput("fit takes gradients, and torch.no_grad or inference_mode is on. Call it outside of that block.")
+    folder = None if path is None else Path(path)
     given: dict[str, object] = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
     given |= {"steps": steps, "path": folder, "resume": resume, "checkpoint_every": checkpoint_every}
     _check_same_on_all_ranks(problem, posterior, given)
@@ -201,7 +214,10 @@ def _restore(session: Session, folder: Path, config: dict[str, Any], resume: boo
     with raise_on_all(comm):
         checkpoint = read_checkpoint(folder, step)
         session.history = rows_of(folder, step)
-    take_checkpoint(session, checkpoint)
+    try:
+        take_checkpoint(session, checkpoint)
+    except RunFolderError as error:
+        raise RunFolderError(f"{folder / 'checkpoints'}, step {step}: {error}") from error
     return True
 
 
@@ -209,13 +225,14 @@ def _check_same_run(stored: dict[str, Any], config: dict[str, Any], folder: Path
     for name in ("objective", "optimizer", "schedule", "start", "seed", "posterior"):
         if stored.get(name) != config[name]:
             raise RunFolderError(
-                f"{folder} holds a run with {name} {stored.get(name)}; this one has {config[name]}. "
+                f"{folder / 'config.json'} is of a run with {name} {stored.get(name)}; this one has {config[name]}. "
                 "Give fit what that run was started with, or another path."
             )
-    difference = differing(stored.get("problem", {}), config["problem"])
+    difference = differing(stored.get("problem"), config["problem"])
     if difference is not None:
         raise RunFolderError(
-            f"{folder} holds a run of another problem: they differ in {difference}. Give fit that problem, or another path."
+            f"{folder / 'config.json'} is of a run of another problem: they differ in {difference}. "
+            "Give fit that problem, or another path."
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fem_vi.errors import InvalidInput
+from fem_vi.vi.real_tensor import real_tensor
 
 
 class GaussianNoise:
@@ -17,7 +18,7 @@ class GaussianNoise:
         std: Noise standard deviation, in the unit of the data: one for all data, or one for each, `(num_data,)`, replicated.
 
     Raises:
-        InvalidInput: Where `std` is not positive and finite, or has more than one axis.
+        InvalidInput: Where `std` is no number or vector of numbers, or not positive and finite.
 
     MPI: Not collective; every tensor is replicated.
 
@@ -26,11 +27,16 @@ class GaussianNoise:
     """
 
     def __init__(self, std: float | Tensor) -> None:
-        self.std = torch.as_tensor(std, dtype=torch.float64).detach().clone()
+        self.std = real_tensor("std", std)
         if self.std.ndim > 1:
             raise InvalidInput(f"std has shape {tuple(self.std.shape)}; GaussianNoise takes a number or shape (num_data,).")
-        if not bool((torch.isfinite(self.std) & (self.std > 0)).all()):
-            raise InvalidInput("std must be positive and finite; a datum without noise is a constraint, not a likelihood.")
+        wrong = torch.nonzero(~(torch.isfinite(self.std) & (self.std > 0)).reshape(-1)).flatten().tolist()
+        if wrong:
+            where = f" at {wrong[:10]} ({len(wrong)} of {len(self.std)} data)" if self.std.ndim else ""
+            raise InvalidInput(
+                f"std is {float(self.std.reshape(-1)[wrong[0]])}{where}; it must be positive and finite. A datum without noise "
+                "is a constraint, not a likelihood."
+            )
 
     def __repr__(self) -> str:
         return f"GaussianNoise(std={self.std.item()!r})" if self.std.ndim == 0 else f"GaussianNoise(std={len(self.std)} values)"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from fem_vi.arguments import instance, whole
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.posterior.whitened import RelativeToPrior, closed_form_kl
 from fem_vi.vi.prior import FieldPrior
@@ -67,11 +67,6 @@ class AnalyticKL:
     """
 
 
-def is_whole(value: object) -> bool:
-    """Whether a value is an integer, Python's or numpy's, and not a truth value."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 @dataclass(frozen=True)
 class ELBO:
     """The evidence lower bound, by the reparameterised estimator.
@@ -94,8 +89,8 @@ class ELBO:
     gradient: PathDerivative | AnalyticKL = PathDerivative()
 
     def __post_init__(self) -> None:
-        if not is_whole(self.samples) or self.samples < 1:
-            raise InvalidInput(f"ELBO(samples={self.samples}): a whole number is needed, at least one.")
+        whole("ELBO: samples", self.samples, least=1)
+        instance("ELBO: gradient", self.gradient, PathDerivative, AnalyticKL)
 
     def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Terms:
         """Estimate the bound.

@@ -12,6 +12,7 @@ from torch.distributions import Distribution, constraints
 
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import shared_seed
+from fem_vi.vi.real_tensor import real_tensor
 
 
 @runtime_checkable
@@ -82,6 +83,16 @@ class FieldPrior(Protocol):
         """The reverse of `gather`. Collective."""
 
 
+def check_prior(prior: object) -> None:
+    """Refuse what is no prior of unknowns that may be spread over ranks. Not collective.
+
+    Raises:
+        InvalidInput: Naming it.
+    """
+    if not hasattr(prior, "white_noise"):  # isinstance would evaluate the protocol's properties, some of them costly
+        raise InvalidInput(f"prior is {prior!r:.80}; it must be a prior such as MaternField or GaussianVector.")
+
+
 class GaussianVector(Distribution):
     """Normal prior over replicated unknowns, N(mean, C0), the same vector on every rank of `comm`.
 
@@ -94,7 +105,8 @@ class GaussianVector(Distribution):
         comm: The ranks that work on the same unknowns: the communicator of the mesh, where the forward map solves on one.
 
     Raises:
-        InvalidInput: Where shapes disagree, both matrices are given, or the covariance is not positive definite.
+        InvalidInput: Where an argument holds no real numbers, shapes disagree, both matrices are given, or the covariance is not
+            positive definite.
 
     MPI: Not collective; `white_noise` and `rsample` are. All tensors are replicated.
 
@@ -114,12 +126,12 @@ class GaussianVector(Distribution):
         scale_tril: Tensor | None = None,
         comm: MPI.Comm = MPI.COMM_SELF,
     ) -> None:
-        if mean.ndim != 1 or not torch.isfinite(mean).all():
-            raise InvalidInput(f"mean has shape {tuple(mean.shape)}; GaussianVector needs a finite vector of shape (n,).")
-        self._mean = mean.detach().to(torch.float64)
-        self._scale_tril = _scale_tril(len(mean), covariance, scale_tril)
+        self._mean = real_tensor("mean", mean)
+        if self._mean.ndim != 1 or not torch.isfinite(self._mean).all():
+            raise InvalidInput(f"mean has shape {tuple(self._mean.shape)}; GaussianVector needs a finite vector of shape (n,).")
+        self._scale_tril = _scale_tril(len(self._mean), covariance, scale_tril)
         self.comm = comm
-        super().__init__(event_shape=mean.shape, validate_args=False)
+        super().__init__(event_shape=self._mean.shape, validate_args=False)
 
     def __repr__(self) -> str:
         return f"GaussianVector(n={self.num_global})"
@@ -200,14 +212,14 @@ class GaussianVector(Distribution):
         return x
 
 
-def _scale_tril(n: int, covariance: Tensor | None, scale_tril: Tensor | None) -> Tensor:
+def _scale_tril(n: int, covariance: object, scale_tril: object) -> Tensor:
     """The Cholesky factor, `(n, n)`, from whichever matrix was given, checked."""
     if covariance is not None and scale_tril is not None:
         raise InvalidInput("GaussianVector was given covariance and scale_tril; give one of them.")
-    name, matrix = ("covariance", covariance) if covariance is not None else ("scale_tril", scale_tril)
-    if matrix is None:
+    name, given = ("covariance", covariance) if covariance is not None else ("scale_tril", scale_tril)
+    if given is None:
         return torch.eye(n, dtype=torch.float64)
-    matrix = matrix.detach().to(torch.float64)
+    matrix = real_tensor(name, given)
     if matrix.shape != (n, n):
         raise InvalidInput(f"{name} has shape {tuple(matrix.shape)}; mean has {n} entries, so it must be ({n}, {n}).")
     if covariance is None:

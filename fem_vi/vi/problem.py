@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from fem_vi.arguments import instance
 from fem_vi.bridge.layout import all_sum
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all
-from fem_vi.vi.prior import FieldPrior
+from fem_vi.vi.prior import FieldPrior, check_prior
+from fem_vi.vi.real_tensor import real_tensor
 
 
+@runtime_checkable
 class Likelihood(Protocol):
     """What an inverse problem needs of a likelihood; `GaussianNoise` is one."""
 
@@ -65,7 +68,8 @@ class InverseProblem:
         cost: Samples solved so far; a running count.
 
     Raises:
-        InvalidInput: Where y is not a finite real vector, y or the noise differs between ranks, or y does not fit the likelihood.
+        InvalidInput: Where an argument is of the wrong type, y is not a finite real vector, y or the noise differs between ranks,
+            or y does not fit the likelihood.
 
     MPI: Collective.
 
@@ -74,6 +78,10 @@ class InverseProblem:
     """
 
     def __init__(self, prior: FieldPrior, forward: Callable[[Tensor], Tensor], likelihood: Likelihood, y: Tensor) -> None:
+        check_prior(prior)
+        with raise_on_all(prior.comm):
+            instance("forward", forward, Callable)  # type: ignore[arg-type]
+            instance("likelihood", likelihood, Likelihood)
         self.prior = prior
         self.forward = forward
         self.likelihood = likelihood
@@ -157,10 +165,7 @@ class InverseProblem:
 def _checked_data(prior: FieldPrior, likelihood: Likelihood, y: Tensor) -> Tensor:
     comm = prior.comm
     with raise_on_all(comm):
-        y = torch.as_tensor(y).detach()
-        if y.is_complex():
-            raise InvalidInput(f"y is {y.dtype}; data are real. Give real and imaginary parts as data of their own.")
-        y = y.to(torch.float64, copy=True)
+        y = real_tensor("y", y)
         if y.ndim != 1 or len(y) == 0:
             raise InvalidInput(f"y has shape {tuple(y.shape)}; an inverse problem takes data as one vector, (num_data,).")
         if not bool(torch.isfinite(y).all()):

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from fem_vi.arguments import positive, whole
 from fem_vi.errors import InvalidInput, SolveFailed
 from fem_vi.vi.problem import InverseProblem
 
@@ -80,6 +81,10 @@ class GaussNewton:
 
     iterations: int = 20
     rtol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        whole("GaussNewton: iterations", self.iterations, least=1)
+        positive("GaussNewton: rtol", self.rtol)
 
     def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Linearisation:
         """Set the parameters of `posterior`.

@@ -116,7 +116,7 @@ def test_any_distribution_will_do():
 
 
 def test_refuses_no_samples():
-    with pytest.raises(InvalidInput, match="samples=0"):
+    with pytest.raises(InvalidInput, match="samples is 0"):
         ELBO(samples=0)
 
 

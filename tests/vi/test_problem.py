@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
@@ -72,6 +73,11 @@ def test_noise_refuses(std):
         GaussianNoise(std)
 
 
+def test_noise_says_where_it_is_wrong():
+    with pytest.raises(InvalidInput, match=r"std is -1.0 at \[1, 3\] \(2 of 4 data\)"):
+        GaussianNoise(torch.tensor([0.1, -1.0, 0.2, 0.0]))
+
+
 def test_noise_names_the_bad_shape():
     noise = GaussianNoise(torch.ones(3))
     with pytest.raises(InvalidInput, match=r"prediction has shape \(2, 4\)"):
@@ -102,12 +108,42 @@ def test_joint_density_and_cost():
         (torch.zeros(0), "one vector"),
         (torch.tensor([0.0, float("nan"), float("inf")]), r"not finite at \[1, 2\] \(2 of 3"),
         (torch.zeros(4), "std has 3 entries"),
-        (torch.zeros(3, dtype=torch.complex128), "complex128; data are real"),
+        (torch.zeros(3, dtype=torch.complex128), "complex128; it must be real"),
     ],
 )
 def test_problem_refuses_data(y, words):
     with pytest.raises(InvalidInput, match=words):
         InverseProblem(GaussianVector(torch.zeros(5)), lambda m: m[..., :3], GaussianNoise(torch.ones(3)), y)
+
+
+@pytest.mark.parametrize("wrong", ["abc", None, ["a", "b"], [[1.0], [1.0, 2.0]], {"a": 1.0}, 1j])
+def test_refuses_what_is_no_array_of_numbers(wrong):
+    prior = GaussianVector(torch.zeros(2))
+    with pytest.raises(InvalidInput, match=r"^std is "):
+        GaussianNoise(wrong)
+    with pytest.raises(InvalidInput, match=r"^y is "):
+        InverseProblem(prior, lambda m: m, GaussianNoise(1.0), wrong)
+    with pytest.raises(InvalidInput, match=r"^mean is "):
+        GaussianVector(wrong)
+    if wrong is not None:
+        with pytest.raises(InvalidInput, match=r"^covariance is "):
+            GaussianVector(torch.zeros(2), covariance=wrong)
+
+
+@pytest.mark.parametrize("y", [[1.0, 2.0], np.array([2.0, 1.0])[::-1], np.array([1, 2]), np.array([1, 2], dtype=">f4")])
+def test_takes_any_array_of_numbers(y):
+    problem = InverseProblem(GaussianVector(np.zeros(2)), lambda m: m, GaussianNoise([0.1, 0.2]), y)
+    assert problem.y.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("prior", "abc"), ("prior", Normal(0.0, 1.0)), ("forward", None), ("likelihood", 0.1)]
+)
+def test_problem_refuses_arguments_of_another_type(name, value):
+    prior = GaussianVector(torch.zeros(2))
+    given = {"prior": prior, "forward": lambda m: m, "likelihood": GaussianNoise(1.0), "y": torch.zeros(2)}
+    with pytest.raises(InvalidInput, match=f"^{name} is "):
+        InverseProblem(**{**given, name: value})
 
 
 def test_problem_names_the_bad_shape():
