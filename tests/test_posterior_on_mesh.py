@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
+import pickle
 import shutil
 from dataclasses import dataclass
 from functools import cache
@@ -384,3 +386,16 @@ def test_steps_have_one_length_on_every_mesh() -> None:
         left_over.append(float(error @ exact.precision @ error) / float(exact.centre @ exact.precision @ exact.centre))
     assert max(left_over) < 0.2
     assert 0.5 < left_over[1] / left_over[0] < 2.0
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", FAMILIES)
+def test_copies_and_pickles(name: str) -> None:
+    prior = fem_vi.MaternField(fem.functionspace(mesh.create_unit_square(COMM, 6, 6), ("Lagrange", 1)), std=1.0, length=0.4)
+    posterior = FAMILIES[name](prior)
+    snapshot = copy.deepcopy(posterior)
+    with torch.no_grad():
+        posterior.mu += 1.0
+    assert float(kl_divergence(snapshot(), prior)) < float(kl_divergence(posterior(), prior)) - 0.4 * prior.num_global
+    with pytest.raises(fem_vi.InvalidInput, match="cannot be pickled.*state_dict"):
+        pickle.dumps(posterior)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from torch.distributions import kl_divergence
@@ -124,7 +128,34 @@ def test_sampled_variance_of_the_prior_is_exact(monkeypatch, prior):
     torch.testing.assert_close(FAMILIES["mean-field"](prior)().variance, prior.variance)
 
 
+@family
+def test_a_deep_copy_shares_the_prior_alone(name, prior):
+    posterior = FAMILIES[name](prior)
+    perturb(posterior)
+    other = copy.deepcopy(posterior)
+    assert other.prior is prior
+    assert float(kl_divergence(other(), prior)) == float(kl_divergence(posterior(), prior))
+    with torch.no_grad():
+        for value in other.parameters():
+            value.zero_()
+    assert all(bool(value.any()) for value in posterior.parameters())
+
+
+@family
+@pytest.mark.parametrize("write", [pickle.dumps, lambda posterior: torch.save(posterior, io.BytesIO())], ids=["pickle", "torch"])
+def test_a_pickle_is_refused_and_its_numbers_are_saved(name, write, prior):
+    posterior = FAMILIES[name](prior)
+    perturb(posterior)
+    with pytest.raises(InvalidInput, match=f"{type(posterior).__name__} cannot be pickled.*state_dict"):
+        write(posterior)
+    other = FAMILIES[name](prior)
+    other.load_state_dict(pickle.loads(pickle.dumps(posterior.state_dict())))
+    assert torch.equal(other().mean, posterior().mean)
+
+
 def test_refusals(prior):
+    with pytest.raises(InvalidInput, match="prior is 'abc'"):
+        LowRankNormal("abc", 2)
     with pytest.raises(InvalidInput, match="rank is 6"):
         LowRankNormal(prior, 6)
     with pytest.raises(InvalidInput, match="LowRankNormal"):

@@ -8,11 +8,12 @@ from torch import nn
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.posterior.scale import TriangularScale
 from fem_vi.vi.posterior.whitened import WhitenedNormal
+from fem_vi.vi.posterior.whitened_family import WhitenedFamily
 from fem_vi.vi.prior import FieldPrior, GaussianVector
 from fem_vi.vi.start import Linearisation
 
 
-class FullRankNormal(nn.Module):
+class FullRankNormal(WhitenedFamily):
     """q(m): m = unwhiten(xi), xi ~ N(mu, L L') with L lower triangular, exp of a parameter on its diagonal.
 
     Starts as the prior. Contains the exact posterior of an affine map with Gaussian noise. It has n (n + 3) / 2
@@ -36,15 +37,13 @@ class FullRankNormal(nn.Module):
     fields: tuple[str, ...] = ()
 
     def __init__(self, prior: FieldPrior) -> None:
-        super().__init__()
+        super().__init__(prior)
         if not isinstance(prior, GaussianVector):
             raise InvalidInput(
                 f"FullRankNormal takes replicated unknowns (GaussianVector); it was given {type(prior).__name__}. "
                 "For a field use LowRankNormal."
             )
         n = prior.num_global
-        self.prior = prior
-        self.mu = nn.Parameter(torch.zeros(n, dtype=torch.float64))
         self.log_diagonal = nn.Parameter(torch.zeros(n, dtype=torch.float64))
         self.below = nn.Parameter(torch.zeros(n * (n - 1) // 2, dtype=torch.float64))
 
@@ -53,14 +52,6 @@ class FullRankNormal(nn.Module):
         row, column = torch.tril_indices(len(self.mu), len(self.mu), offset=-1)
         tril = torch.diag(self.log_diagonal.exp()).index_put((row, column), self.below)
         return WhitenedNormal(self.prior, self.mu, TriangularScale(tril))
-
-    def __call__(self) -> WhitenedNormal:
-        """The distribution at the present parameters."""
-        return super().__call__()
-
-    def is_fresh(self) -> bool:
-        """Whether it is still centred at the prior mean. Collective."""
-        return not bool(self.prior.all_sum(self.mu.detach().abs().sum()))
 
     @torch.no_grad()
     def start_at(self, linearisation: Linearisation) -> None:

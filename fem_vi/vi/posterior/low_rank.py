@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fem_vi.arguments import instance, whole
 from fem_vi.errors import InvalidInput
+from fem_vi.parallel import raise_on_all
 from fem_vi.vi.posterior.scale import LowRankScale
 from fem_vi.vi.posterior.whitened import WhitenedNormal
+from fem_vi.vi.posterior.whitened_family import WhitenedFamily
 from fem_vi.vi.prior import FieldPrior
 from fem_vi.vi.start import Linearisation
 
@@ -25,7 +28,7 @@ class FreeDiagonal:
     """D = diag(exp(log_precision)), one parameter for each unknown, starting at D = I."""
 
 
-class LowRankNormal(nn.Module):
+class LowRankNormal(WhitenedFamily):
     """q(m): m = unwhiten(xi), xi ~ N(mu, D^(-1/2) (I + U U')^-1 D^(-1/2)), U with `rank` columns.
 
     A low-rank update of the *precision*, because data can only add precision: the posterior of an affine map with Gaussian
@@ -44,7 +47,7 @@ class LowRankNormal(nn.Module):
         fields: Names of the parameters that are field tensors.
 
     Raises:
-        InvalidInput: Where the rank is not between 1 and the number of unknowns.
+        InvalidInput: Where the rank is no whole number between 1 and the number of unknowns, or an argument of the wrong type.
 
     MPI: Collective.
 
@@ -58,11 +61,12 @@ class LowRankNormal(nn.Module):
     """
 
     def __init__(self, prior: FieldPrior, rank: int, *, diagonal: UnitDiagonal | FreeDiagonal = UnitDiagonal()) -> None:
-        super().__init__()
-        if not 1 <= rank <= prior.num_global:
-            raise InvalidInput(f"rank is {rank}; it must lie between 1 and the {prior.num_global} unknowns.")
-        self.prior = prior
-        self.mu = nn.Parameter(torch.zeros(prior.event_shape, dtype=torch.float64))
+        super().__init__(prior)
+        with raise_on_all(prior.comm):
+            rank = whole("rank", rank, least=1)
+            instance("diagonal", diagonal, UnitDiagonal, FreeDiagonal)
+            if rank > prior.num_global:
+                raise InvalidInput(f"rank is {rank}; it must lie between 1 and the {prior.num_global} unknowns.")
         self.U = nn.Parameter(_small_directions(prior, rank))
         self.fields: tuple[str, ...] = ("mu", "U")
         self.log_precision: nn.Parameter | None = None
@@ -73,14 +77,6 @@ class LowRankNormal(nn.Module):
     def forward(self) -> WhitenedNormal:
         """The distribution at the present parameters."""
         return WhitenedNormal(self.prior, self.mu, LowRankScale.create(self.prior, self.log_precision, self.U))
-
-    def __call__(self) -> WhitenedNormal:
-        """The distribution at the present parameters."""
-        return super().__call__()
-
-    def is_fresh(self) -> bool:
-        """Whether it is still centred at the prior mean. Collective."""
-        return not bool(self.prior.all_sum(self.mu.detach().abs().sum()))
 
     @torch.no_grad()
     def start_at(self, linearisation: Linearisation) -> None:

@@ -7,11 +7,12 @@ from torch import nn
 
 from fem_vi.vi.posterior.scale import DiagonalScale
 from fem_vi.vi.posterior.whitened import WhitenedNormal
+from fem_vi.vi.posterior.whitened_family import WhitenedFamily
 from fem_vi.vi.prior import FieldPrior
 from fem_vi.vi.start import Linearisation
 
 
-class MeanFieldNormal(nn.Module):
+class MeanFieldNormal(WhitenedFamily):
     """q(m): m = unwhiten(xi), xi ~ N(mu, diag(exp(log_scale))^2), independent in the whitened coordinates of the prior.
 
     Starts as the prior. For an affine map and Gaussian noise the optimal variances are one over the diagonal of the
@@ -38,22 +39,12 @@ class MeanFieldNormal(nn.Module):
     fields = ("mu", "log_scale")
 
     def __init__(self, prior: FieldPrior) -> None:
-        super().__init__()
-        self.prior = prior
-        self.mu = nn.Parameter(torch.zeros(prior.event_shape, dtype=torch.float64))
+        super().__init__(prior)
         self.log_scale = nn.Parameter(torch.zeros(prior.event_shape, dtype=torch.float64))
 
     def forward(self) -> WhitenedNormal:
         """The distribution at the present parameters."""
         return WhitenedNormal(self.prior, self.mu, DiagonalScale(self.prior, self.log_scale))
-
-    def __call__(self) -> WhitenedNormal:
-        """The distribution at the present parameters."""
-        return super().__call__()
-
-    def is_fresh(self) -> bool:
-        """Whether it is still centred at the prior mean. Collective."""
-        return not bool(self.prior.all_sum(self.mu.detach().abs().sum()))
 
     @torch.no_grad()
     def start_at(self, linearisation: Linearisation) -> None:

@@ -1,0 +1,59 @@
+"""What the normal families have in common: a prior, a mean in its whitened coordinates, and how they are copied."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NoReturn, SupportsIndex
+
+import torch
+from torch import nn
+
+from fem_vi.errors import InvalidInput
+from fem_vi.vi.posterior.whitened import WhitenedNormal
+from fem_vi.vi.prior import FieldPrior, check_prior
+
+
+class WhitenedFamily(nn.Module):
+    """A module whose `forward()` is a `WhitenedNormal`, with its mean at first that of the prior.
+
+    A deep copy has parameters of its own and shares the prior. A pickle is refused.
+
+    Args:
+        prior: Prior of m.
+
+    Attributes:
+        prior: That prior.
+        mu: Whitened mean, `(n_owned,)`.
+
+    Raises:
+        InvalidInput: Where `prior` is no prior.
+
+    MPI: Not collective.
+    """
+
+    def __init__(self, prior: FieldPrior) -> None:
+        super().__init__()
+        check_prior(prior)
+        self.prior = prior
+        self.mu = nn.Parameter(torch.zeros(prior.event_shape, dtype=torch.float64))
+
+    def __call__(self) -> WhitenedNormal:
+        """The distribution at the present parameters."""
+        return super().__call__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WhitenedFamily:
+        memo[id(self.prior)] = self.prior  # solvers on a mesh; and a divergence is closed between a q and its own prior
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise InvalidInput(
+            f"a {type(self).__name__} cannot be pickled: its prior holds solvers that live on a mesh. Save its state_dict(), and "
+            "load that with load_state_dict() into a new one. For a copy in this process use copy.deepcopy."
+        )
+
+    def is_fresh(self) -> bool:
+        """Whether it is still centred at the prior mean. Collective."""
+        return not bool(self.prior.all_sum(self.mu.detach().abs().sum()))
