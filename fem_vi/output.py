@@ -16,6 +16,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,9 +28,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fem_vi.arguments import is_number
 from fem_vi.errors import RunFolderError
 
 KEPT_CHECKPOINTS = 2
+NUMBERS = ("forward", "backward", "seconds")
+"""What a checkpoint holds besides tensors: samples solved forward and backward, and wall time, since the run began."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,12 @@ class Checkpoint:
     Attributes:
         step: Steps done.
         tensors: Parameters, optimiser and generator state, by name.
-        numbers: Whatever else is needed to go on, JSON values.
+        numbers: One for each of `NUMBERS`.
     """
 
     step: int
     tensors: dict[str, Tensor]
-    numbers: dict[str, Any]
+    numbers: dict[str, float]
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -93,13 +97,15 @@ def create_run_folder(path: Path) -> None:
     """Make an empty run folder.
 
     Raises:
-        RunFolderError: Where something is there already.
+        RunFolderError: Where something is there already, or the folder cannot be made.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunFolderError(
-            f"{path} already holds files. Continue that run with fit(..., resume=True), choose another path, or delete it."
-        )
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file; a run needs a folder of its own. Choose another path.")
     try:
+        if path.exists() and any(path.iterdir()):
+            raise RunFolderError(
+                f"{path} already holds files. Continue that run with fit(..., resume=True), choose another path, or delete it."
+            )
         (path / "checkpoints").mkdir(parents=True)
     except OSError as error:
         raise RunFolderError(f"{path} cannot be made: {error.strerror}.") from error
@@ -144,7 +150,8 @@ def _checkpoint_path(folder: Path, step: int) -> Path:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a run folder, newest first, sound or not."""
-    return sorted((int(file.stem[5:]) for file in (folder / "checkpoints").glob("step-*.json")), reverse=True)
+    names = [file.stem.removeprefix("step-") for file in (folder / "checkpoints").glob("step-*.json")]
+    return sorted((int(name) for name in names if re.fullmatch("[0-9]{8,}", name)), reverse=True)
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -167,8 +174,13 @@ def read_checkpoint(folder: Path, step: int) -> Checkpoint:
     Raises:
         RunFolderError: Where it is missing or damaged.
     """
-    tensors, about = read_tensors(_checkpoint_path(folder, step))
-    return Checkpoint(step, tensors, about["numbers"])
+    path = _checkpoint_path(folder, step)
+    tensors, about = read_tensors(path)
+    numbers = about.get("numbers")
+    if not isinstance(numbers, dict) or set(numbers) != set(NUMBERS) or not all(is_number(value) for value in numbers.values()):
+        damaged = path.with_suffix(".json")
+        raise RunFolderError(f"{damaged} is damaged: numbers is {numbers!r}; a number each is expected for {', '.join(NUMBERS)}.")
+    return Checkpoint(step, tensors, numbers)
 
 
 def newest_sound_step(folder: Path) -> int | None:

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fem_vi.errors import SolveFailed
+from fem_vi.arguments import is_number
+from fem_vi.errors import RunFolderError, SolveFailed
 from fem_vi.output import read_history
 from fem_vi.vi.problem import Cost, InverseProblem
 from fem_vi.vi.randomness import private_generator
 
 # How far vectors of two descriptions of one problem may be apart, as a fraction of their norms.
 AGREEMENT = {"data": 1e-8, "noise": 1e-8, "forward": 1e-5}
+REMEDY = "Restore it from a copy, or start anew in another folder."
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Row:
 
     @staticmethod
     def from_text(row: dict[str, str]) -> Row:
-        """A row of history.csv."""
+        """A row of history.csv; raises ValueError where it holds something else than numbers."""
         number = {name: float(row[name]) for name in ("elbo", "kl", "misfit", "grad_norm", "seconds")}
         return Row(step=int(row["step"]), solves=int(row["solves"]), **number)
 
@@ -102,7 +104,7 @@ def describe_problem(problem: InverseProblem) -> dict[str, Any]:
 
 @torch.no_grad()
 def describe_forward(problem: InverseProblem) -> list[float] | None:
-    """What the forward map makes of one fixed m near the prior mean; None where it has no solution there.
+    """What the forward map makes of one fixed m near the prior mean; None where that is not finite.
 
     At the mean itself, linear maps often give zero, all of them. Costs one solve, which no count includes, and no random number.
 
@@ -117,7 +119,7 @@ def describe_forward(problem: InverseProblem) -> list[float] | None:
             return None
         finally:
             problem.cost = spent
-    return _sketch(prediction)
+    return _sketch(prediction) if bool(torch.isfinite(prediction).all()) else None
 
 
 def _sketch(x: Tensor) -> list[float]:
@@ -127,23 +129,30 @@ def _sketch(x: Tensor) -> list[float]:
     return [float(f"{float(value):.12g}") for value in (x.norm(), x @ torch.cos(k * k), x @ torch.cos(math.pi * k.sqrt()))]
 
 
-def differing(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
+def differing(stored: object, present: Mapping[str, Any]) -> str | None:
     """The first part in which two descriptions of problems differ, in words; None where they agree.
 
-    Vectors need only agree to rounding: those made by a simulation differ in their last digits between numbers of ranks.
+    The first was read from a file, and may be anything. Vectors need only agree to rounding: those made by a simulation
+    differ in their last digits between numbers of ranks.
     """
     words = {"data": "the data y", "noise": "the noise's std", "forward": "the forward map"}
+    there = stored if isinstance(stored, dict) else {}
     for name, value in present.items():
-        other = stored.get(name)
+        other: Any = there.get(name)
         if name not in words:
             if other != value:
                 return f"{name} ({other} there, {value} here)"
-        elif isinstance(other, list) and isinstance(value, list):
-            if max(abs(a - b) for a, b in zip(other, value, strict=True)) > AGREEMENT[name] * (abs(other[0]) + abs(value[0])):
+        elif isinstance(value, list) and _is_sketch(other):
+            if any(abs(a - b) > AGREEMENT[name] * (abs(other[0]) + abs(value[0])) for a, b in zip(other, value, strict=True)):
                 return f"{words[name]} (norm {other[0]:.6g} there, {value[0]:.6g} here)"
         elif other != value:
             return words[name]
     return None
+
+
+def _is_sketch(value: Any) -> bool:
+    """Whether a value read from a file can be what `_sketch` wrote."""
+    return isinstance(value, list) and len(value) == 3 and all(is_number(each) for each in value)
 
 
 def describe_versions() -> dict[str, str]:
@@ -163,7 +172,15 @@ def rows_of(path: Path, steps: int) -> list[Row]:
         steps: Last step wanted.
 
     Raises:
-        RunFolderError: Where the file is missing or has another header.
+        RunFolderError: Where the file is missing or damaged, or does not reach that step.
     """
-    rows = [Row.from_text(row) for row in read_history(path / "history.csv", COLUMNS)[:steps]]
-    return [row for row in rows if row.step <= steps]
+    file = path / "history.csv"
+    rows = []
+    for number, text in enumerate(read_history(file, COLUMNS)[:steps], start=2):
+        try:
+            rows.append(Row.from_text(text))
+        except ValueError as error:
+            raise RunFolderError(f"{file} is damaged in line {number}: {error}. {REMEDY}") from error
+    if [row.step for row in rows] != list(range(1, steps + 1)):
+        raise RunFolderError(f"{file} is damaged: it does not hold steps 1 to {steps}, one a line. {REMEDY}")
+    return rows

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fem_vi.errors import RunFolderError
 from fem_vi.output import Checkpoint
 from fem_vi.vi.objective import Objective
 from fem_vi.vi.problem import Cost, InverseProblem
@@ -57,18 +58,27 @@ class Session:
 
 
 def take_checkpoint(session: Session, checkpoint: Checkpoint) -> None:
-    """Set parameters, optimiser, generator and counts. Collective."""
+    """Set parameters, optimiser, generator and counts.
+
+    Raises:
+        RunFolderError: Where the checkpoint is of another posterior, or has no state of the generator.
+
+    MPI: Collective.
+    """
     prior = session.problem.prior
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items() if name.startswith(prefix)}
 
+    generator = checkpoint.tensors.get("generator")
+    if generator is None or generator.shape != torch.get_rng_state().shape:
+        raise RunFolderError("the state of the random generator is missing.")
     scatter_parameters(session.posterior, prior, part("posterior."))
     scatter_optimizer(session.optimizer, session.posterior, prior, part("optimizer."))
-    torch.set_rng_state(checkpoint.tensors["generator"])
+    torch.set_rng_state(generator)
     numbers = checkpoint.numbers
     session.step = checkpoint.step
-    session.continue_from(Cost(numbers["forward"], numbers["backward"]), numbers["seconds"])
+    session.continue_from(Cost(int(numbers["forward"]), int(numbers["backward"])), numbers["seconds"])
 
 
 def make_checkpoint(session: Session) -> Checkpoint:

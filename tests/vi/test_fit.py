@@ -17,12 +17,13 @@ from mpi4py import MPI
 
 from fem_vi import output
 from fem_vi.errors import InvalidInput, RunFolderError
+from fem_vi.vi.diagnostics import diagnose
 from fem_vi.vi.fit import NotFinite, fit
 from fem_vi.vi.likelihood import GaussianNoise
 from fem_vi.vi.objective import ELBO, AnalyticKL, PathDerivative
 from fem_vi.vi.optimizer import Adam, Constant, Cosine
 from fem_vi.vi.posterior.full_rank import FullRankNormal
-from fem_vi.vi.posterior.low_rank import LowRankNormal
+from fem_vi.vi.posterior.low_rank import FreeDiagonal, LowRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import InverseProblem
@@ -250,6 +251,111 @@ def test_corrupt_newest_checkpoint_falls_back(tmp_path, damage):
     assert numbers_of(run) == numbers_of(whole)
 
 
+def go_on(affine, folder):
+    return fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=9, path=folder, resume=True)
+
+
+def rewrite(file, **changes):
+    content = json.loads(file.read_text())
+    content.update(changes)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [None, [], {}, {"forward": 1, "backward": 1}, {"forward": "x", "backward": 1, "seconds": 1.0}, {"forward": None}],
+)
+def test_checkpoint_whose_numbers_are_garbled_is_passed_over(tmp_path, numbers):
+    affine = damaged_run(tmp_path / "run")
+    rewrite(tmp_path / "run" / "checkpoints" / "step-00000006.json", numbers=numbers)
+    (tmp_path / "run" / "checkpoints" / "step-00000006 (copy).json").write_text("{}")
+    with pytest.warns(UserWarning, match="step-00000006.json is damaged.*older checkpoint"):
+        run = go_on(affine, tmp_path / "run")
+    assert numbers_of(run) == numbers_of(fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=9))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda rows: [*rows[:3], rows[3].replace(rows[3].split(",")[1], "x1.5"), *rows[4:]], "history.csv is damaged in line 4"),
+        (lambda rows: [*rows[:3], "3.5" + rows[3][1:], *rows[4:]], "history.csv is damaged in line 4"),
+        (lambda rows: [*rows[:3], rows[3][:-25], *rows[4:]], "history.csv is damaged.*steps 1 to 6"),
+        (lambda rows: rows[:3], "history.csv is damaged.*steps 1 to 6"),
+        (lambda rows: [*rows[:3], *rows[4:]], "history.csv is damaged.*steps 1 to 6"),
+        (lambda rows: ["\x00", *rows[1:]], "history.csv does not start with the header"),
+    ],
+    ids=["no number", "half a step", "torn row", "cut off", "a row less", "header"],
+)
+def test_garbled_history_is_an_error_that_names_it(tmp_path, spoil, words):
+    affine = damaged_run(tmp_path / "run")
+    file = tmp_path / "run" / "history.csv"
+    file.write_text("\n".join(spoil(file.read_text().splitlines())) + "\n")
+    with pytest.raises(RunFolderError, match=words):
+        go_on(affine, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (None, "differ in prior"),
+        ([1], "differ in prior"),
+        ({"data": [1.0]}, "differ in the data y"),
+        ({"data": ["a", "b", "c"]}, "differ in the data y"),
+        ({"data": [float("nan")] * 3}, "differ in the data y"),
+        ({"forward": {}}, "differ in the forward map"),
+    ],
+)
+def test_garbled_description_of_the_problem_is_an_error_that_names_it(tmp_path, problem, words):
+    affine = damaged_run(tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    stored = json.loads(file.read_text())["problem"]
+    rewrite(file, problem={**stored, **problem} if isinstance(problem, dict) else problem)
+    with pytest.raises(RunFolderError, match=f"config.json is of a run of another problem: they {words}"):
+        go_on(affine, tmp_path / "run")
+
+
+@pytest.mark.parametrize("spoil", ["generator", "posterior.mu"])
+def test_checkpoint_of_something_else_is_an_error_that_names_it(tmp_path, spoil):
+    affine = damaged_run(tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-00000006.safetensors"
+    tensors, about = output.read_tensors(file)
+    output.write_tensors(file, {**tensors, spoil: torch.zeros(2)}, about)
+    with pytest.raises(RunFolderError, match="checkpoints, step 6: "):
+        go_on(affine, tmp_path / "run")
+
+
+@pytest.mark.mpi
+def test_a_file_in_place_of_the_folder(tmp_path):
+    split, _ = split_pair()
+    if MPI.COMM_WORLD.rank == 0:
+        (tmp_path / "run").write_text("precious")
+    MPI.COMM_WORLD.barrier()
+    for resume in (False, True):
+        with pytest.raises(RunFolderError, match="run is a file"):
+            fit(split, low_rank(split.prior), ELBO(samples=2), steps=2, path=tmp_path / "run", resume=resume)
+    assert (tmp_path / "run").read_text() == "precious"
+
+
+def test_goes_on_where_the_forward_map_overflows_near_the_prior_mean(tmp_path):
+    prior = GaussianVector(torch.zeros(2))
+
+    def problem():
+        return InverseProblem(prior, lambda m: torch.exp(800 * (m + 1)), GaussianNoise(1.0), torch.ones(2))
+
+    arguments = {"path": tmp_path / "run", "start": PresentParameters(), "resume": True, "optimizer": Adam(lr=1e-9)}
+    fit(problem(), far_from_overflow(prior), ELBO(samples=2), steps=1, **arguments)
+    assert len(fit(problem(), far_from_overflow(prior), ELBO(samples=2), steps=2, **arguments).history) == 2
+
+
+def far_from_overflow(prior):
+    """A narrow posterior, where exp(800 (m + 1)) is small."""
+    posterior = MeanFieldNormal(prior)
+    with torch.no_grad():
+        posterior.mu.fill_(-1.0)
+        posterior.log_scale.fill_(-9.0)
+    return posterior
+
+
 def test_no_sound_checkpoint_is_an_error(tmp_path):
     affine = damaged_run(tmp_path / "run")
     for file in (tmp_path / "run" / "checkpoints").glob("*.safetensors"):
@@ -369,10 +475,58 @@ def test_refuses_to_work_without_gradients(block):
 @pytest.mark.parametrize("number", [2.5, 2.0, True, "2"])
 def test_refuses_what_is_no_whole_number(number):
     affine = Affine.create()
-    with pytest.raises(InvalidInput, match="whole"):
-        fit(affine.problem(), low_rank(affine.prior), ELBO(), steps=number)
-    with pytest.raises(InvalidInput, match="whole"):
+    for name in ("steps", "checkpoint_every", "seed"):
+        with pytest.raises(InvalidInput, match=f"{name} is .*whole"):
+            fit(affine.problem(), low_rank(affine.prior), ELBO(), **{"steps": 1, name: number})
+    for name in ("samples", "batch", "seed"):
+        with pytest.raises(InvalidInput, match=f"{name} is .*whole"):
+            diagnose(affine.problem(), low_rank(affine.prior), **{name: number})
+    with pytest.raises(InvalidInput, match=r"samples is .*whole"):
         ELBO(samples=number)
+    with pytest.raises(InvalidInput, match=r"iterations is .*whole"):
+        GaussNewton(iterations=number)
+    with pytest.raises(InvalidInput, match=r"rank is .*whole"):
+        LowRankNormal(affine.prior, number)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("problem", "abc"),
+        ("posterior", "abc"),
+        ("posterior", MeanFieldNormal),
+        ("objective", "ELBO"),
+        ("objective", None),
+        ("path", 3),
+        ("optimizer", "Adam"),
+        ("schedule", "cosine"),
+        ("start", GaussNewton),
+        ("callbacks", print),
+        ("callbacks", ["print"]),
+    ],
+)
+def test_refuses_arguments_of_another_type(name, value):
+    affine = Affine.create()
+    given = {"problem": affine.problem(), "posterior": low_rank(affine.prior), "objective": ELBO(), "steps": 1}
+    with pytest.raises(InvalidInput, match=f"{name}.* is .*must be"):
+        fit(**{**given, name: value})
+
+
+@pytest.mark.parametrize("number", ["0.1", None, -1.0, float("nan"), True, 1j])
+def test_refuses_what_is_no_positive_number(number):
+    for name in ("lr", "eps"):
+        with pytest.raises(InvalidInput, match=f"{name} is .*positive"):
+            Adam(**{name: number})
+    with pytest.raises(InvalidInput, match=r"rtol is .*positive"):
+        GaussNewton(rtol=number)
+
+
+def test_refuses_choices_that_it_does_not_know():
+    # The class in place of a value of it would pass for the other choice.
+    with pytest.raises(InvalidInput, match=r"gradient is .*PathDerivative or AnalyticKL"):
+        ELBO(gradient=PathDerivative)
+    with pytest.raises(InvalidInput, match=r"diagonal is .*UnitDiagonal or FreeDiagonal"):
+        LowRankNormal(Affine.create().prior, 2, diagonal=FreeDiagonal)
 
 
 def test_start_steps_back_from_where_the_forward_map_is_not_defined():
