@@ -5,6 +5,7 @@ Besides `fem_vi.bridge.layout` this is the only module that calls mpi4py directl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -111,9 +112,38 @@ def all_values(comm: MPI.Comm, value: T) -> list[T]:
     return comm.allgather(value) if comm.size > 1 else [value]
 
 
+def fingerprint(comm: MPI.Comm, samples: Sequence[Sequence[NDArray[np.float64]]]) -> list[int]:
+    """A number for the contents of some arrays: equal for equal contents, and by chance in 2^64 for others.
+
+    Args:
+        comm: Ranks that hold parts of the arrays.
+        samples: Lists of arrays; one number for each list.
+
+    Returns:
+        Numbers that mean the same on every rank, in this process only.
+
+    MPI: Collective.
+    """
+    local = np.array([hash(tuple(array.tobytes() for array in arrays)) for arrays in samples], dtype=np.int64)
+    if comm.size > 1:
+        total = np.empty_like(local)
+        comm.Allreduce(local, total, op=MPI.SUM)
+        local = total
+    return [int(number) for number in local]
+
+
 def any_rank(comm: MPI.Comm, flag: bool) -> bool:
     """Whether the flag is set on any rank. Collective."""
     return bool(comm.allreduce(flag, op=MPI.LOR)) if comm.size > 1 else flag
+
+
+def any_rank_each(comm: MPI.Comm, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Entry by entry, whether a flag is set on any rank. Collective."""
+    if comm.size == 1:
+        return flags
+    total = np.empty_like(flags)
+    comm.Allreduce(np.ascontiguousarray(flags), total, op=MPI.LOR)
+    return total
 
 
 def shared_seed(comm: MPI.Comm, seed: int) -> int:

@@ -11,6 +11,9 @@ from petsc4py import PETSc
 
 DOLFINX_VERSION: tuple[int, ...] = tuple(int(part) for part in dolfinx.__version__.split(".")[:2])
 
+LU_TRANSPOSES_BLOCKS = PETSc.Sys.getVersion() >= (3, 25)
+"""Whether KSPMatSolveTranspose takes LU factors: PETSc 3.22 refuses them, 3.25 does not."""
+
 
 def collapsed_parent_dofs(space: Any) -> NDArray[np.int32]:
     """For each unrolled dof of a collapsed C++ subspace, the unrolled dof of its parent (a list of arrays since 0.10)."""

@@ -10,7 +10,7 @@ d/dc F(u, m; lam) : e, a scalar, with e running over the unit tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import ufl
@@ -20,6 +20,7 @@ from ufl.algorithms import expand_derivatives
 from fem_vi.errors import UnsupportedForm
 from fem_vi.parallel import sum_over_ranks
 from fem_vi.pde.assemble import ScalarForm, VectorForm, ZeroVector, create_vector_form
+from fem_vi.pde.coupling import InputMatrix
 from fem_vi.pde.inputs import Array, Coefficients, ConstantInput, FunctionInput, Input
 from fem_vi.pde.weak_form import WeakForm
 
@@ -64,6 +65,18 @@ class FormGradient:
             raise UnsupportedForm(f"The form cannot be differentiated for {given.label}: {error}") from error
 
 
+def constant_slope(form: ufl.Form, constant: fem.Constant, direction: fem.Constant) -> ufl.Form:
+    """The derivative of a form for a Constant in a direction, a Constant of the same shape."""
+    variable = ufl.variable(constant)
+    replaced = ufl.replace(form, {constant: variable})
+    return ufl.Form(
+        [
+            integral.reconstruct(ufl.inner(ufl.diff(integral.integrand(), variable), direction))
+            for integral in replaced.integrals()
+        ]
+    )
+
+
 class _ConstantGradient:
     """Derivative of a 0-form with respect to the entries of a Constant."""
 
@@ -71,13 +84,7 @@ class _ConstantGradient:
         self._comm = given.symbol.ufl_domain().ufl_cargo().comm
         self._size = given.size
         self._direction = fem.Constant(given.symbol.ufl_domain(), np.zeros(given.shape))
-        variable = ufl.variable(given.symbol)
-        replaced = ufl.replace(form, {given.symbol: variable})
-        slopes = [
-            integral.reconstruct(ufl.inner(ufl.diff(integral.integrand(), variable), self._direction))
-            for integral in replaced.integrals()
-        ]
-        slope = expand_derivatives(ufl.Form(slopes))
+        slope = expand_derivatives(constant_slope(form, given.symbol, self._direction))
         self._form = None if slope.empty() else ScalarForm(slope)
 
     def assemble(self) -> Array:
@@ -96,6 +103,7 @@ class ResidualVjp:
 
     Args:
         pde: The weak form.
+        matrices: dF/dm of inputs that enter by a constant matrix, by position: products take the place of 1-forms.
 
     Attributes:
         inputs: Positions of the inputs that occur in the form; others enter by Dirichlet conditions only.
@@ -103,8 +111,9 @@ class ResidualVjp:
     MPI: Collective.
     """
 
-    def __init__(self, pde: WeakForm) -> None:
+    def __init__(self, pde: WeakForm, matrices: Mapping[int, InputMatrix] | None = None) -> None:
         self.pde = pde
+        self._matrices = matrices or {}
         lam = fem.Function(pde.space)
         self._lam = Coefficients(lam)
         form = ufl.replace(pde.form, {pde.test: lam})
@@ -121,6 +130,8 @@ class ResidualVjp:
 
     def input(self, position: int) -> Array:
         """lam^T dr/dm for one input at what is loaded; see `FormGradient.assemble`. Collective."""
+        if position in self._matrices:
+            return self._matrices[position].multiply_transposed(self._lam.owned)
         return self._gradient.assemble(1 + position)
 
     def add_implicit(self, g: Array, rows: Sequence[Array | None]) -> None:

@@ -43,6 +43,11 @@ class Source:
             return self.input.symbol.value.reshape(-1)[self.entries]  # type: ignore[no-any-return]
         return self.input.symbol.x.array[self.entries]  # type: ignore[no-any-return]
 
+    def push(self, given: Array, at_state: Array) -> None:
+        """Write the entries of an input, or of a tangent of it, to the owned dofs of the state. Not collective."""
+        owned = slice(0, self.num_owned)
+        at_state[self.dofs[owned]] = given[self.entries[owned]]
+
     def gradient(self, at_state: Array, comm: MPI.Comm) -> Array:
         """The adjoint of `values`: a cotangent of the state's owned dofs, summed on to the entries of the input.
 

@@ -1,28 +1,86 @@
-"""How the old state enters a time step, where it enters linearly and in the same way in all steps.
+"""How inputs that a form is affine in enter it: by matrices that are assembled once.
 
-With F = J u_new + C u_old + c, products with the matrix C, assembled once, take the place of assembling 1-forms in each step:
-b = -(C u_old + c) forward, and -C^T lam backward. Backward it serves nonlinear problems as well: it takes no more than
-a dF/du_old = C without the new state.
+With F = J u + C m + c, products with the matrix C take the place of assembling 1-forms for each sample or time step:
+b = -(C m + c) forward, and -C^T lam backward. Backward it serves nonlinear problems as well: it takes no more than
+a dF/dm = C without the state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import ufl
 from dolfinx import fem
-from dolfinx.fem import petsc as fem_petsc
 from ufl.algorithms import expand_derivatives
 
-from fem_vi.pde.assemble import create_vector_form
+from fem_vi.pde.assemble import VectorForm, ZeroVector, create_vector_form
 from fem_vi.pde.inputs import Array, FunctionInput
+from fem_vi.pde.matrix import MatrixForm
 from fem_vi.pde.weak_form import WeakForm
 
 
-class Coupling:
-    """The matrix C = dF/du_old and, where F is affine in the new state too, the rest c.
+class InputMatrix:
+    """The matrix C = dF/dm of an input, assembled at what is loaded when its key changes.
 
-    Both are assembled at what is loaded when their key changes.
+    Args:
+        form: dF/dm, a 2-form.
+
+    MPI: Collective.
+    """
+
+    def __init__(self, form: ufl.Form) -> None:
+        self._matrix = MatrixForm(form).create_matrix()
+        self._x, self._y = self._matrix.petsc.createVecs()
+        self._key: Hashable = None
+
+    def assemble(self, key: Hashable) -> None:
+        """Assemble C, unless it has been assembled for this key. Collective."""
+        if key != self._key:
+            self._matrix.assemble()
+            self._key = key
+
+    def multiply(self, values: Array) -> Array:
+        """C m, owned entries in the space of the state: a view, valid until the next product. Collective."""
+        self._x.array_w[:] = values
+        self._matrix.petsc.mult(self._x, self._y)
+        return self._y.array_r  # type: ignore[no-any-return]
+
+    def multiply_transposed(self, lam: Array) -> Array:
+        """C^T lam, owned entries in the space of the input: a view, valid until the next product. Collective."""
+        self._y.array_w[:] = lam
+        self._matrix.petsc.multTranspose(self._y, self._x)
+        return self._x.array_r  # type: ignore[no-any-return]
+
+
+def input_matrix_form(pde: WeakForm, position: int) -> ufl.Form:
+    """dF/dm of an input, a 2-form."""
+    given = pde.inputs[position]
+    assert isinstance(given, FunctionInput)
+    return expand_derivatives(ufl.derivative(pde.form, given.symbol, ufl.TrialFunction(given.space)))
+
+
+def constant_matrices(pde: WeakForm) -> dict[int, InputMatrix]:
+    """The matrices of those inputs whose dF/dm sees neither the state nor any input, by position. Collective."""
+    out = {}
+    for position, given in enumerate(pde.inputs):
+        if isinstance(given, FunctionInput) and any(given.symbol is c for c in pde.form.coefficients()):
+            form = input_matrix_form(pde, position)
+            if not (form.empty() or pde.occurs_in(form) or any(pde.state is c for c in form.coefficients())):
+                out[position] = InputMatrix(form)
+                out[position].assemble("constant")
+    return out
+
+
+def without(form: ufl.Form, functions: Sequence[fem.Function]) -> ufl.Form:
+    """What is left of a form that is affine in some Functions together, where those are zero."""
+    for function in functions:
+        if not form.empty() and any(function is c for c in form.coefficients()):
+            form = -ufl.rhs(ufl.replace(form, {function: ufl.TrialFunction(function.function_space)}))
+    return form
+
+
+class Coupling(InputMatrix):
+    """How the old state enters a time step: C = dF/du_old and, where F is affine in the new state too, the rest c.
 
     Args:
         pde: The weak form.
@@ -33,23 +91,12 @@ class Coupling:
     """
 
     def __init__(self, pde: WeakForm, previous: FunctionInput, form: ufl.Form) -> None:
-        self._form = fem.form(form)
-        self._matrix = fem_petsc.create_matrix(self._form)
-        self._x, self._y = self._matrix.createVecs()
-        self._key: Hashable = None
-        rest = _without(_without(pde.form, pde.state), previous.symbol) if pde.is_linear else ufl.Form([])
+        super().__init__(form)
+        rest = without(pde.form, [pde.state, previous.symbol]) if pde.is_linear else ufl.Form([])
         self.rest_inputs = pde.occurs_in(rest)
-        self._rest = create_vector_form(rest, pde.unknown.size)
+        self._rest: VectorForm | ZeroVector = create_vector_form(rest, pde.unknown.size)
         self._rest_key: Hashable = None
         self._rest_values: Array | None = None
-
-    def assemble(self, key: Hashable) -> None:
-        """Assemble C, unless it has been assembled for this key. Collective."""
-        if key != self._key:
-            self._matrix.zeroEntries()
-            fem_petsc.assemble_matrix(self._matrix, self._form)
-            self._matrix.assemble()
-            self._key = key
 
     def rest(self, key: Hashable | None) -> Array:
         """c at what is loaded, owned entries; not assembled again for the key of the last call. Collective."""
@@ -57,27 +104,9 @@ class Coupling:
             self._rest_values, self._rest_key = self._rest.assemble(), key
         return self._rest_values
 
-    def multiply(self, old: Array) -> Array:
-        """C u_old, owned entries: a view, valid until the next product. Collective."""
-        return self._product(self._matrix.mult, old)
-
-    def multiply_transposed(self, lam: Array) -> Array:
-        """C^T lam, owned entries: a view, valid until the next product. Collective."""
-        return self._product(self._matrix.multTranspose, lam)
-
-    def _product(self, multiply: Callable[..., None], values: Array) -> Array:
-        self._x.array_w[:] = values
-        multiply(self._x, self._y)
-        return self._y.array_r  # type: ignore[no-any-return]
-
-
-def _without(form: ufl.Form, function: fem.Function) -> ufl.Form:
-    """What is left of -F, a form affine in a Function, where that is zero."""
-    return ufl.rhs(ufl.replace(form, {function: ufl.TrialFunction(function.function_space)}))
-
 
 def create_coupling(pde: WeakForm, position: int, is_steady: Callable[[int], bool]) -> tuple[Coupling | None, tuple[int, ...]]:
-    """The coupling of a weak form, where it is the same in all steps.
+    """The coupling of a weak form to the old state, where it is the same in all steps.
 
     Args:
         pde: The weak form.
@@ -91,7 +120,7 @@ def create_coupling(pde: WeakForm, position: int, is_steady: Callable[[int], boo
     """
     previous = pde.inputs[position]
     assert isinstance(previous, FunctionInput)
-    form = expand_derivatives(ufl.derivative(pde.form, previous.symbol, ufl.TrialFunction(previous.space)))
+    form = input_matrix_form(pde, position)
     inputs = pde.occurs_in(form)
     on_boundary = any(source.position == position for source in pde.boundary.sources)
     sees_state = any(pde.state is symbol for symbol in form.coefficients())

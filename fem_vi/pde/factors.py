@@ -14,20 +14,21 @@ from collections.abc import Callable, Hashable, Mapping
 
 import numpy as np
 import ufl
-from dolfinx import fem
-from dolfinx.fem import petsc as fem_petsc
 from petsc4py import PETSc
 
 from fem_vi.errors import InvalidInput, SolveFailed
-from fem_vi.parallel import max_over_ranks
+from fem_vi.parallel import max_over_ranks, sum_over_ranks
 from fem_vi.pde import _compat
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.inputs import Array
+from fem_vi.pde.matrix import Matrix, MatrixForm
 
 Option = str | int | float | bool | None
 _counter = itertools.count()
 RESIDUAL_BOUND = 1e-6
 """Largest relative residual of a linear solve that is believed."""
+BLOCK = 128
+"""Right-hand sides that are solved at once."""
 
 
 def complete_options(given: Mapping[str, Option]) -> dict[str, Option]:
@@ -90,9 +91,10 @@ class Factor:
         released: Whether the holder of its key has said that it will probably not come back.
     """
 
-    def __init__(self, matrix: PETSc.Mat, options: Options) -> None:
+    def __init__(self, assembled: Matrix, options: Options) -> None:
         self.released = True
-        self.matrix = matrix
+        self.assembled = assembled
+        self.matrix = matrix = assembled.petsc
         self.ksp = PETSc.KSP().create(matrix.comm)
         self.ksp.setOptionsPrefix(options.prefix)
         self.ksp.setOperators(matrix)
@@ -106,6 +108,7 @@ class Factor:
         self._transposes = preconditioner == "lu"
         self._x, self._b = matrix.createVecs()
         self._residual = self._b.duplicate()
+        self._block: _Block | None = None
         self._prefix = options.prefix
         self._transpose: PETSc.Mat | None = None
         self._transpose_is_old = True
@@ -145,6 +148,77 @@ class Factor:
         self._check(ksp, transposed)
         self._sound = True
         return self._x.array_r * norm  # type: ignore[no-any-return]
+
+    def solve_many(self, rows: Array, *, transposed: bool) -> tuple[Array, dict[int, SolveFailed]]:
+        """Solve for several right-hand sides: with a direct method all at once, with any other one by one.
+
+        Args:
+            rows: Right-hand sides, `(num_systems, n_owned)`, the same number on every rank.
+            transposed: Whether with J^T.
+
+        Returns:
+            Solutions, `(num_systems, n_owned)`, and what went wrong, by system; the rows of those are of no use.
+
+        MPI: Collective.
+        """
+        at_once = self._symmetric or (self._transposes and not (transposed and not _compat.LU_TRANSPOSES_BLOCKS))
+        if len(rows) > 1 and self._direct and at_once:
+            chunks = [self._solve_block(rows[k : k + BLOCK], k, transposed) for k in range(0, len(rows), BLOCK)]
+            return np.concatenate([x for x, _ in chunks]), {k: e for _, failed in chunks for k, e in failed.items()}
+        out, failures = np.zeros_like(rows), {}
+        for number, b in enumerate(rows):
+            try:
+                out[number] = self.solve(b, transposed=transposed)
+            except SolveFailed as error:
+                failures[number] = error
+        return out, failures
+
+    def _solve_block(self, rows: Array, first: int, transposed: bool) -> tuple[Array, dict[int, SolveFailed]]:
+        """One block of right-hand sides at once; systems are numbered from `first`."""
+        if self._block is None or self._block.width != len(rows):
+            self._block = _Block(self.matrix, len(rows))
+        block = self._block
+        block.right[:] = rows
+        block.stamp()
+        solve = self.ksp.matSolveTranspose if transposed and not self._symmetric else self.ksp.matSolve
+        try:
+            solve(block.b, block.x)
+        except PETSc.Error as error:
+            self._sound = False
+            failed = SolveFailed(f"PETSc failed inside KSP: {petsc_words(error)}")
+            return block.left, dict.fromkeys(range(first, first + len(rows)), failed)
+        return block.left.copy(), self._doubts(block, first, transposed)
+
+    def _doubts(self, block: _Block, first: int, transposed: bool) -> dict[int, SolveFailed]:
+        """Check a random combination of the systems of a block and, where that is wrong, each of them."""
+        if self._trusted():
+            return {}
+        scales = block.scales()
+        weights = np.random.default_rng(0).choice([-1.0, 1.0], block.width) * scales
+        self._sound = self._relative_residual(weights @ block.left, weights @ block.right, transposed) <= RESIDUAL_BOUND
+        if self._sound:
+            return {}
+        sizes = [
+            self._relative_residual(scale * x, scale * b, transposed)
+            for scale, x, b in zip(scales, block.left, block.right, strict=True)
+        ]
+        return {first + k: SolveFailed(_weak(size)) for k, size in enumerate(sizes) if not size <= RESIDUAL_BOUND}
+
+    def _relative_residual(self, x: Array, b: Array, transposed: bool) -> float:
+        """|b - J x| for a b of norm one. Collective."""
+        self._x.array_w[:], self._b.array_w[:] = x, b
+        (self.matrix.multTranspose if transposed else self.matrix.mult)(self._x, self._residual)
+        self._residual.axpy(-1.0, self._b)
+        return float(self._residual.norm())
+
+    def _trusted(self) -> bool:
+        """LU factors that have solved one system solve any; Cholesky's need a symmetric matrix too."""
+        return self._direct and self._transposes and self._sound
+
+    def rebuild(self) -> None:
+        """Assemble the matrix at what is loaded and factorise it. Collective."""
+        self.assembled.assemble()
+        self.refresh()
 
     def refresh(self) -> None:
         """Factorise, or set the preconditioner up, for the matrix as it is now. Collective."""
@@ -186,14 +260,13 @@ class Factor:
                 f"KSP stopped with {reason_name(PETSc.KSP.ConvergedReason, reason)} after {ksp.getIterationNumber()} iterations, "
                 f"relative residual {ksp.getResidualNorm():.1e}"
             )
-        if self._direct and self._transposes and self._sound:
-            return  # LU factors that have solved one system solve any; Cholesky's need a symmetric matrix too
+        if self._trusted():
+            return
         (self.matrix.multTranspose if transposed else self.matrix.mult)(self._x, self._residual)
         self._residual.axpy(-1.0, self._b)
         size = self._residual.norm()
         if not size <= (RESIDUAL_BOUND if self._direct else max(RESIDUAL_BOUND, 1e3 * ksp.getTolerances()[0])):
-            cause = "the Jacobian is singular or nearly so, or the method does not fit it (Cholesky and CG want it symmetric)"
-            raise SolveFailed(f"the linear solver left a relative residual of {size:.1e}: {cause}")
+            raise SolveFailed(_weak(size))
 
     def num_bytes(self) -> int:
         """Memory of the matrix and its factor, the largest over ranks. Collective."""
@@ -210,6 +283,38 @@ class Factor:
         return int(max_over_ranks(self.matrix.comm.tompi4py(), local))
 
 
+def _weak(size: float) -> str:
+    return (
+        f"the linear solver left a relative residual of {size:.1e}: the Jacobian is singular or nearly so, or the method does "
+        "not fit it (Cholesky and CG want it symmetric)"
+    )
+
+
+class _Block:
+    """Several right-hand sides and their solutions as dense PETSc matrices.
+
+    PETSc's dense (n, width), column by column, is NumPy's (width, n), row by row: both look at the same memory.
+    """
+
+    def __init__(self, matrix: PETSc.Mat, width: int) -> None:
+        (local, total), _ = matrix.getSizes()
+        self.width = width
+        self.right, self.left = np.zeros((width, local)), np.zeros((width, local))
+        self.b, self.x = (
+            PETSc.Mat().createDense(((local, total), width), array=rows.T, comm=matrix.comm) for rows in (self.right, self.left)
+        )
+        self._comm = matrix.comm.tompi4py()
+
+    def stamp(self) -> None:
+        """Tell PETSc that the right-hand sides have been written to."""
+        self.b.stateIncrease()
+
+    def scales(self) -> Array:
+        """One over the norm of each right-hand side (one where that is zero), replicated. Collective."""
+        norms = np.sqrt(sum_over_ranks(self._comm, np.einsum("ij,ij->i", self.right, self.right)))
+        return 1.0 / np.where(norms > 0.0, norms, 1.0)
+
+
 class FactorPool:
     """Factors of one operator's Jacobian at several linearisation points, within a memory budget.
 
@@ -224,8 +329,7 @@ class FactorPool:
     """
 
     def __init__(self, form: ufl.Form, boundary: Boundary, options: Options, budget: int) -> None:
-        self._form = fem.form(form)
-        self._boundary = boundary
+        self._form = MatrixForm(form, boundary.bcs)
         self._options = options
         self._budget = budget
         self._factors: OrderedDict[Hashable, Factor] = OrderedDict()
@@ -259,23 +363,16 @@ class FactorPool:
     def _build(self, key: Hashable) -> Factor:
         factor = self._vacant()
         self._spare = factor
-        self.assemble(factor.matrix)
-        factor.refresh()
+        factor.rebuild()
         self._factors[key], self._spare = factor, None
         self.num_factorisations += 1
         if self.num_factorisations == 1:
             self._capacity = max(1, self._budget // factor.num_bytes())
         return factor
 
-    def assemble(self, matrix: PETSc.Mat) -> None:
-        """Assemble the Jacobian at what is loaded. Collective."""
-        matrix.zeroEntries()
-        fem_petsc.assemble_matrix(matrix, self._form, bcs=self._boundary.bcs)
-        matrix.assemble()
-
-    def create_matrix(self) -> PETSc.Mat:
-        """A matrix with the Jacobian's sparsity. Collective."""
-        return fem_petsc.create_matrix(self._form)
+    def create_matrix(self) -> Matrix:
+        """A matrix of the Jacobian. Collective."""
+        return self._form.create_matrix()
 
     def _vacant(self) -> Factor:
         """The factor that goes first, or a new one where the budget allows it."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 
-import ufl
+import numpy as np
 from petsc4py import PETSc
 
 from fem_vi.errors import SolveFailed
+from fem_vi.parallel import fingerprint
 from fem_vi.pde.assemble import VectorForm, create_vector_form
 from fem_vi.pde.boundary import Boundary
+from fem_vi.pde.coupling import InputMatrix, constant_matrices, without
 from fem_vi.pde.factors import FactorPool, Option, Options, petsc_words, reason_name
 from fem_vi.pde.inputs import Array, FunctionInput
+from fem_vi.pde.matrix import Matrix
 from fem_vi.pde.weak_form import WeakForm
+
+Failures = dict[int, SolveFailed]
 
 
 class StateEquation:
@@ -27,6 +32,11 @@ class StateEquation:
         petsc_options: SNES, KSP and PC options, without prefix.
         factor_budget: Bytes per rank for kept factorisations.
 
+    Attributes:
+        factors: The kept factorisations.
+        jacobian_inputs: Positions of the inputs that the Jacobian sees.
+        matrices: dF/dm of the inputs that enter the form by a constant matrix, by position.
+
     MPI: Collective.
     """
 
@@ -35,7 +45,28 @@ class StateEquation:
         self._options = Options(petsc_options)
         self.factors = FactorPool(pde.jacobian, pde.boundary, self._options, factor_budget)
         self.jacobian_inputs = pde.occurs_in(pde.jacobian) if pde.is_linear else tuple(range(len(pde.inputs)))
-        self._solver = _LinearSolve(pde, self.factors) if pde.is_linear else _NonlinearSolve(pde, self.factors, self._options)
+        self.matrices = constant_matrices(pde)
+        self._solver = (
+            _LinearSolve(pde, self.factors, self.matrices) if pde.is_linear else _NonlinearSolve(pde, self.factors, self._options)
+        )
+
+    def keys(self, values: Sequence[Sequence[Array]], states: Sequence[Array] | None = None) -> list[Hashable]:
+        """Names of the Jacobians of some samples, which are fingerprints of all that the Jacobian sees.
+
+        Args:
+            values: For each sample, the owned values of each input.
+            states: For each sample, the owned coefficients of its state; needed for a form that is not linear.
+
+        Returns:
+            One name for each sample; two are equal where, and only where, their Jacobians are.
+
+        MPI: Collective.
+        """
+        seen = [[sample[k] for k in self.jacobian_inputs] for sample in values]
+        if not self.pde.is_linear:
+            assert states is not None
+            seen = [[*sample, state] for sample, state in zip(seen, states, strict=True)]
+        return list(fingerprint(self.pde.comm, seen))
 
     def load(self, values: Sequence[Array], state: Array | None = None) -> None:
         """Write one sample's inputs, and its state, into the form's Functions. Collective.
@@ -70,8 +101,34 @@ class StateEquation:
         self._options.warn_unused()
         return u
 
+    def solve_many(self, values: Sequence[Sequence[Array]], key: Hashable) -> tuple[Array, Failures]:
+        """Solve for the states of samples that share the Jacobian of a linear form, all at once.
+
+        Args:
+            values: For each sample, the owned values of each input.
+            key: As in `solve`.
+
+        Returns:
+            States, `(num_samples, n_owned)`, and what went wrong, by sample; the rows of those are of no use.
+
+        MPI: Collective.
+        """
+        assert isinstance(self._solver, _LinearSolve)
+        lifted, right = [], []
+        for sample in values:
+            self.load(sample)
+            lifting, b = self._solver.system()
+            lifted.append(lifting)
+            right.append(b)
+        try:
+            u, failures = self.factors.get(key).solve_many(np.stack(right), transposed=False)
+        except SolveFailed as error:
+            return np.zeros((len(values), self.pde.unknown.size)), dict.fromkeys(range(len(values)), error)
+        self._options.warn_unused()
+        return (u if lifted[0] is None else u + np.stack(lifted)), failures  # type: ignore[arg-type]
+
     def solve_linear(self, b: Array, key: Hashable) -> Array:
-        """Solve J u = b, for a linear form at inputs that are loaded; b is zero where values are prescribed.
+        """Solve J u = b at inputs, and a state, that are loaded; b is zero where values are prescribed.
 
         Args:
             b: Owned entries, `(n_owned,)`.
@@ -107,53 +164,85 @@ class StateEquation:
         MPI: Collective.
         """
         self.load(values, u)
-        factor = self.factors.get(key)
         right = g.copy()
         right[self.pde.boundary.owned] = 0.0
-        return factor.solve(right, transposed=True)
+        return self.factors.get(key).solve(right, transposed=True)
+
+    def solve_adjoints(self, values: Sequence[Array], u: Array, g: Array, key: Hashable) -> tuple[Array, Failures]:
+        """`solve_adjoint` for several cotangents, `(num_samples, n_owned)`, of samples that share their Jacobian.
+
+        Args:
+            values: Owned values of each input, of one of the samples.
+            u: Owned coefficients of its state.
+            g: Owned cotangents dL/du.
+            key: As in `solve`.
+
+        Returns:
+            lam, `(num_samples, n_owned)`, and what went wrong, by sample.
+
+        MPI: Collective.
+        """
+        self.load(values, u)
+        right = g.copy()
+        right[:, self.pde.boundary.owned] = 0.0
+        try:
+            return self.factors.get(key).solve_many(right, transposed=True)
+        except SolveFailed as error:
+            return right, dict.fromkeys(range(len(g)), error)
 
 
 class _LinearSolve:
-    """J(m) u = b(m): with u = u_D + w, where u_D holds the prescribed values, J w = -F(u_D)."""
+    """J(m) u = b(m): with u = u_D + w, where u_D holds the prescribed values, J w = -F(u_D).
 
-    def __init__(self, pde: WeakForm, factors: FactorPool) -> None:
+    Where no value but zero is prescribed, inputs that enter by a constant matrix C leave b = -(C m + c).
+    """
+
+    def __init__(self, pde: WeakForm, factors: FactorPool, matrices: Mapping[int, InputMatrix]) -> None:
         self._pde = pde
         self._factors = factors
-        owned = pde.boundary.owned
+        self._owned = pde.boundary.owned
         self._lifted = not pde.boundary.homogeneous
-        source = _source(pde)
-        self._source_is_fixed = not self._lifted and not pde.occurs_in(source)
-        size = pde.initial_guess.size
-        self._form = VectorForm(pde.form) if self._lifted else create_vector_form(source, size)
-        self._owned = owned
-        self._fixed_source: Array | None = None
+        known = {} if self._lifted else matrices
+        self._matrices = [
+            (given, known[k]) for k, given in enumerate(pde.inputs) if k in known and isinstance(given, FunctionInput)
+        ]
+        rest = without(pde.form, [pde.state, *(given.symbol for given, _ in self._matrices)])
+        self._form = VectorForm(pde.form) if self._lifted else create_vector_form(rest, pde.unknown.size)
+        self._rest_is_fixed = not self._lifted and not pde.occurs_in(rest)
+        self._fixed_rest: Array | None = None
 
     def solve(self, key: Hashable, start: Array | None) -> Array:
         del start
         factor = self._factors.get(key)
+        lifting, b = self.system()
+        u = factor.solve(b, transposed=False)
+        return u if lifting is None else u + lifting
+
+    def system(self) -> tuple[Array | None, Array]:
+        """u_D, where values other than zero are prescribed, and b: owned entries, at what is loaded. Collective."""
         lifting = self._pde.unknown.coefficients.array
         lifting.fill(0.0)
-        b = self._right_hand_side(lifting)
-        u = factor.solve(b, transposed=False)
-        return u + lifting[: u.size] if self._lifted else u
-
-    def _right_hand_side(self, lifting: Array) -> Array:
         if self._lifted:
             self._pde.boundary.apply(lifting)
             b = -self._form.assemble()
-        elif self._fixed_source is not None:
-            return self._fixed_source
-        else:
-            b = self._form.assemble().copy()
+            b[self._owned] = 0.0
+            return lifting[: b.size].copy(), b
+        b = self._rest()
+        for given, matrix in self._matrices:
+            b = np.subtract(b, matrix.multiply(given.coefficients.owned))
+        if self._matrices:
+            b[self._owned] = 0.0
+        return None, b
+
+    def _rest(self) -> Array:
+        """-c, an array of its own or one that nobody writes to."""
+        if self._fixed_rest is not None:
+            return self._fixed_rest
+        b = -self._form.assemble()
         b[self._owned] = 0.0
-        if self._source_is_fixed:
-            self._fixed_source = b
+        if self._rest_is_fixed:
+            self._fixed_rest = b
         return b
-
-
-def _source(pde: WeakForm) -> ufl.Form:
-    """The part of -F that does not contain the state."""
-    return ufl.rhs(ufl.replace(pde.form, {pde.state: pde.trial}))
 
 
 class _NonlinearSolve:
@@ -162,13 +251,13 @@ class _NonlinearSolve:
     def __init__(self, pde: WeakForm, factors: FactorPool, options: Options) -> None:
         self._pde = pde
         residual = _Residual(VectorForm(pde.form), pde.unknown, pde.boundary)
-        self._matrix = factors.create_matrix()
-        self._x, vector = self._matrix.createVecs()
-        self._snes = PETSc.SNES().create(self._matrix.comm)
+        matrix = factors.create_matrix()
+        self._x, vector = matrix.petsc.createVecs()
+        self._snes = PETSc.SNES().create(matrix.petsc.comm)
         self._snes.setOptionsPrefix(options.prefix)
         self._snes.setTolerances(rtol=1e-10, atol=1e-50, stol=1e-12, max_it=50)
         self._snes.setFunction(residual.evaluate, vector)
-        self._snes.setJacobian(_Jacobian(factors, pde.unknown).evaluate, self._matrix)
+        self._snes.setJacobian(_Jacobian(matrix, pde.unknown).evaluate, matrix.petsc)
         self._snes.setFromOptions()
 
     def solve(self, key: Hashable, start: Array | None) -> Array:
@@ -215,11 +304,11 @@ class _Residual:
 class _Jacobian:
     """SNES's Jacobian, at the u that SNES passes."""
 
-    def __init__(self, factors: FactorPool, state: FunctionInput) -> None:
-        self._factors, self._state = factors, state
+    def __init__(self, matrix: Matrix, state: FunctionInput) -> None:
+        self._matrix, self._state = matrix, state
 
-    def evaluate(self, snes: PETSc.SNES, x: PETSc.Vec, matrix: PETSc.Mat, preconditioner: PETSc.Mat) -> None:
+    def evaluate(self, snes: PETSc.SNES, x: PETSc.Vec, operator: PETSc.Mat, preconditioner: PETSc.Mat) -> None:
         self._state.load(x.array_r)
-        self._factors.assemble(preconditioner)
-        if matrix != preconditioner:
-            matrix.assemble()
+        self._matrix.assemble()
+        if operator != preconditioner:
+            operator.assemble()

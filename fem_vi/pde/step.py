@@ -70,7 +70,7 @@ class TimeStep:
         self._time_dependent = tuple(time_dependent)
         self._clocks = tuple(clocks)
         self._equation = StateEquation(pde, petsc_options, factor_budget)
-        self._vjp = ResidualVjp(pde)
+        self._vjp = ResidualVjp(pde, self._equation.matrices)
         self._previous = len(self._time_dependent)
         self._new_each_step = not pde.is_linear or not all(self._no_step(k) for k in self._equation.jacobian_inputs)
         self._coupling, self._coupling_inputs = create_coupling(pde, self._previous, self._is_steady)
