@@ -13,6 +13,8 @@ from .bridge.observe import MaskOutside as MaskOutside
 from .bridge.observe import PointObservation as PointObservation
 from .bridge.observe import RaiseOutside as RaiseOutside
 from .bridge.residual import Residual as Residual
+from .bridge.solve import MaskFailed as MaskFailed
+from .bridge.solve import RaiseFailed as RaiseFailed
 from .bridge.solve import Solve as Solve
 from .errors import FailedOnAnotherRank as FailedOnAnotherRank
 from .errors import FemViError as FemViError

@@ -211,6 +211,6 @@ def paired(comm: MPI.Comm, tensors: list[Tensor], weights: list[Tensor], are_fie
     """
     out = []
     for x, w, is_field in zip(tensors, weights, are_fields, strict=True):
-        local = float((x * w).sum())
+        local = float((x.detach() * w).sum())
         out.append(comm.allreduce(local, op=MPI.SUM) if is_field else local)
     return out

@@ -157,7 +157,7 @@ class Evolve(BatchedOperator):
             out[row] = new
         return new
 
-    def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> None:
+    def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
         for sample in reversed(range(call.num_samples)):  # the factor used last is the one surely kept
             u0, given = self._trajectory(call, flat, sample)
             rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
@@ -171,6 +171,7 @@ class Evolve(BatchedOperator):
             self._step.finish(given)
             if rows[0] is not None:
                 rows[0] += back.total(0)
+        return g
 
     def _walk_back(self, call: Call, given: Trajectory, u0: Array, back: _Back) -> None:
         """Backward with stored states; those that an earlier backward of the same graph has used up are computed again."""

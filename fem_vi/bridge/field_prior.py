@@ -13,7 +13,7 @@ Distances in xi keep their meaning as the mesh is refined. The Robin term takes 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,41 +26,17 @@ from torch.distributions import Distribution
 
 from fem_vi.bridge.field_file import write_fields
 from fem_vi.bridge.layout import all_sum, as_numpy, gather, localise, num_global, num_owned, owned_range
+from fem_vi.bridge.linear import apply_linear
 from fem_vi.errors import InvalidInput
 from fem_vi.noise import standard_normal
 from fem_vi.parallel import all_values, raise_on_all, shared_seed
 from fem_vi.pde.factors import Option
 from fem_vi.pde.fields import SpdOperator, check_vertex_space, lumped_mass, node_names
+from fem_vi.pde.inputs import Array
 
 ROBIN = 1.0 / 1.42
 """Robin coefficient over kappa (Roininen, Huttunen, Lasanen 2014)."""
 EXACT_VARIANCE_LIMIT = 20_000
-
-
-class _Solve(torch.autograd.Function):
-    """K^-1 b; K is symmetric, so the adjoint is the same solve, and so is its adjoint."""
-
-    @staticmethod
-    def forward(ctx: Any, b: Tensor, operator: SpdOperator) -> Tensor:
-        ctx.operator = operator
-        return torch.from_numpy(operator.solve(as_numpy(b)))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Solve.apply(grads[0], ctx.operator), None  # type: ignore[no-untyped-call]
-
-
-class _Multiply(torch.autograd.Function):
-    """K x; its adjoint is the same product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, operator: SpdOperator) -> Tensor:
-        ctx.operator = operator
-        return torch.from_numpy(operator.multiply(as_numpy(x)))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Multiply.apply(grads[0], ctx.operator), None  # type: ignore[no-untyped-call]
 
 
 class MaternField(Distribution):
@@ -169,16 +145,12 @@ class MaternField(Distribution):
     def unwhiten(self, xi: Tensor) -> Tensor:
         """m = mean + C^(1/2) xi for field tensors xi `(*batch, n_owned)`; differentiable. Collective."""
         self._check(xi, "xi")
-        load = self._mass.sqrt() * _rows(xi)
-        x = _Solve.apply(load, self._operator)  # type: ignore[no-untyped-call]
-        return self._mean + x.reshape(xi.shape) / self._tau
+        return self._mean + self._apply(self._operator.solve, self._mass.sqrt() * xi) / self._tau
 
     def whiten(self, m: Tensor) -> Tensor:
         """xi = C^(-1/2) (m - mean), the inverse of `unwhiten`; differentiable. Collective."""
         self._check(m, "m")
-        x = _rows(m - self._mean)
-        load = _Multiply.apply(x, self._operator)  # type: ignore[no-untyped-call]
-        return (load / self._mass.sqrt()).reshape(m.shape) * self._tau
+        return self._apply(self._operator.multiply, m - self._mean) / self._mass.sqrt() * self._tau
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density with respect to the coefficients, `(*batch,)`, replicated; differentiable. Collective."""
@@ -216,6 +188,14 @@ class MaternField(Distribution):
     def write_fields(self, path: str | Path, fields: Mapping[str, Tensor]) -> None:
         """Write field tensors `(n_owned,)` to an XDMF file; see `fem_vi.write_fields`. Collective."""
         write_fields(path, self.V, fields)
+
+    def _apply(self, symmetric: Callable[[Array], Array], x: Tensor) -> Tensor:
+        """A symmetric matrix, its own adjoint, times field tensors with any batch axes."""
+
+        def rows(values: Tensor) -> Tensor:
+            return torch.from_numpy(symmetric(as_numpy(_rows(values)))).reshape(values.shape)
+
+        return apply_linear(rows, rows, x)
 
     def _file_order(self) -> Tensor:
         if self._order is None:

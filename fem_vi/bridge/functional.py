@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import ufl
 from dolfinx import fem
 from ufl.algorithms import expand_derivatives
 
-from fem_vi.bridge.operator import BatchedOperator, Call
+from fem_vi.bridge.operator import BatchedOperator, Bend, Call
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.parallel import sum_over_ranks
 from fem_vi.pde.adjoint import FormGradient
 from fem_vi.pde.assemble import ScalarForm
 from fem_vi.pde.inputs import Array, check_list, create_copies
 from fem_vi.pde.quadrature import pin_quadrature
+from fem_vi.pde.tangent import ScalarTangent
 
 
 class Functional(BatchedOperator):
-    """J(u, m, ...): an integral over the mesh, the global number on every rank; differentiable once.
+    """J(u, m, ...): an integral over the mesh, the global number on every rank; differentiable twice.
 
     Args:
         form: UFL form without test and trial functions.
@@ -55,6 +57,7 @@ class Functional(BatchedOperator):
         super().__init__(form.ufl_domain().ufl_cargo(), copies, ())
         expanded = pin_quadrature(expand_derivatives(ufl.replace(form, {c.given: c.symbol for c in (*copies, *self._fixed)})))
         self._copies = copies
+        self._expanded = expanded
         self._form = ScalarForm(expanded)
         self._gradient = FormGradient(expanded, copies)
 
@@ -73,9 +76,29 @@ class Functional(BatchedOperator):
             out[sample] = self._form.assemble()
         return sum_over_ranks(self.comm, out)
 
-    def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> None:
+    def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
         for sample in range(call.num_samples):
             self._load(call, flat, sample)
             for position, grad in enumerate(grads):
                 if grad is not None:
                     grad[call.rows[position][sample]] += g[sample] * self._gradient.assemble(position)
+        return g
+
+    @cached_property
+    def _tangent(self) -> ScalarTangent:
+        return ScalarTangent(self._expanded, self._copies)
+
+    def _pushforward(self, call: Call, flat: Sequence[Array], out: Array, tangents: Sequence[Array]) -> Array:
+        moved = np.empty_like(out)
+        for sample in range(call.num_samples):
+            self._load(call, flat, sample)
+            self._tangent.load(call.values(tangents, sample))
+            moved[sample] = self._tangent.value()
+        return sum_over_ranks(self.comm, moved)
+
+    def _curvature(self, call: Call, flat: Sequence[Array], bend: Bend, at_out: Array, grads: Sequence[Array]) -> None:
+        for sample in range(call.num_samples):
+            self._load(call, flat, sample)
+            self._tangent.load(call.values(bend.tangents, sample))
+            for k, grad in enumerate(grads):
+                grad[call.rows[k][sample]] += bend.lam[sample] * self._tangent.gradient(k)

@@ -21,6 +21,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from fem_vi.bridge.linear import apply_linear
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all
 
@@ -40,31 +41,6 @@ def _sum_over_ranks(x: Tensor, comm: MPI.Comm) -> Tensor:
     return total.to(x.device)
 
 
-class _AllSum(torch.autograd.Function):
-    """Sum over ranks forward; nothing to do backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: MPI.Comm) -> Tensor:
-        return _sum_over_ranks(x, comm)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _Localise(torch.autograd.Function):
-    """Nothing to do forward; sum over ranks backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: MPI.Comm) -> Tensor:
-        ctx.comm = comm
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_sum(grads[0], ctx.comm), None
-
-
 def all_sum(x: Tensor, comm: MPI.Comm) -> Tensor:
     """The sum of `x` over all ranks, differentiable.
 
@@ -82,7 +58,7 @@ def all_sum(x: Tensor, comm: MPI.Comm) -> Tensor:
 
     MPI: Collective forward, not collective backward.
     """
-    return _AllSum.apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
+    return apply_linear(lambda local: _sum_over_ranks(local, comm), torch.clone, x)
 
 
 def localise(x: Tensor, comm: MPI.Comm) -> Tensor:
@@ -102,7 +78,7 @@ def localise(x: Tensor, comm: MPI.Comm) -> Tensor:
 
     MPI: Not collective forward, collective backward.
     """
-    return _Localise.apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
+    return apply_linear(torch.clone, lambda part: _sum_over_ranks(part, comm), x)
 
 
 def num_owned(V: FunctionSpace) -> int:

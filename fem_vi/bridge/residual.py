@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
-from fem_vi.bridge.operator import BatchedOperator, Call
+from fem_vi.bridge.operator import BatchedOperator, Bend, Call
 from fem_vi.pde.adjoint import ResidualVjp
 from fem_vi.pde.assemble import VectorForm
 from fem_vi.pde.inputs import Array
+from fem_vi.pde.tangent import ResidualTangent
 from fem_vi.pde.weak_form import WeakForm
 
 
 class Residual(BatchedOperator):
-    """r = residual(u, m, ...): r_i = F(u, m; phi_i), and u - h at the prescribed dofs; differentiable once.
+    """r = residual(u, m, ...): r_i = F(u, m; phi_i), and u - h at the prescribed dofs; differentiable twice.
 
     The residual of a state that `Solve` returns is zero, in the prescribed dofs too.
 
@@ -57,15 +59,42 @@ class Residual(BatchedOperator):
             out[sample, owned] = self.pde.state.x.array[owned] - self.pde.boundary.values()
         return out
 
-    def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> None:
+    def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
+        lam = g.copy()
+        lam[:, self.pde.boundary.owned] = 0.0
+        for sample in range(call.num_samples):
+            self._load(call, flat, sample)
+            self._vjp.load(lam[sample])
+            rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
+            self._add_gradients(rows, g[sample])
+        return lam
+
+    def _pushforward(self, call: Call, flat: Sequence[Array], out: Array, tangents: Sequence[Array]) -> Array:
+        moved = np.empty_like(out)
         owned = self.pde.boundary.owned
         for sample in range(call.num_samples):
             self._load(call, flat, sample)
-            lam = g[sample].copy()
-            lam[owned] = 0.0
-            self._vjp.load(lam)
-            rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
-            self._add_gradients(rows, g[sample])
+            du, *directions = call.values(tangents, sample)
+            self._tangent.load(du, directions)
+            moved[sample] = self._tangent.vector()
+            prescribed = np.zeros_like(du)
+            for source in self.pde.boundary.sources:
+                source.push(directions[source.position], prescribed)
+            moved[sample, owned] = du[owned] - prescribed[owned]
+        return moved
+
+    def _curvature(self, call: Call, flat: Sequence[Array], bend: Bend, at_out: Array, grads: Sequence[Array]) -> None:
+        for sample in range(call.num_samples):
+            self._load(call, flat, sample)
+            du, *directions = call.values(bend.tangents, sample)
+            self._tangent.load(du, directions)
+            self._tangent.load_test(bend.lam[sample])
+            for k, grad in enumerate(grads):
+                grad[call.rows[k][sample]] += self._tangent.gradient(k)
+
+    @cached_property
+    def _tangent(self) -> ResidualTangent:
+        return ResidualTangent(self.pde)
 
     def _add_gradients(self, rows: Sequence[Array | None], g: Array) -> None:
         state, *inputs = rows

@@ -7,29 +7,51 @@ For F(u, m; v) = 0 and a loss with cotangent g = dL/du, differentiate F(u(m), m)
 
 The prescribed values h are part of the state, u = (u_I, h): dL = g_I^T du_I + g_B^T dh with J_II du_I = -J_IB dh, so
 dL/dh = g_B - J_IB^T lam_I, which is g - (dF/du)^T lam on the boundary dofs.
+
+Forward mode solves J du = -dF/dm dm. For second derivatives, with T(lam) = (dF/du du + dF/dm dm) . lam, the gradient for u and m
+of g^T du, at a fixed direction dm, is that of -T(lam): assembly only (see `fem_vi.bridge.operator`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fem_vi.bridge.operator import BatchedOperator, Call
+from fem_vi.bridge.operator import BatchedOperator, Bend, Call
 from fem_vi.errors import SolveFailed
+from fem_vi.parallel import any_rank_each
 from fem_vi.pde.adjoint import ResidualVjp
 from fem_vi.pde.factors import Option
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.state import StateEquation
+from fem_vi.pde.tangent import ResidualTangent
 from fem_vi.pde.weak_form import WeakForm
 
 
-class Solve(BatchedOperator):
-    """u = solve(m, ...): the state with F(u, m; v) = 0 for all v, differentiable once for every input.
+@dataclass(frozen=True)
+class RaiseFailed:
+    """Raise `SolveFailed` where the solve of a sample fails."""
 
-    A form that is affine in the state is solved by one factorisation, which the adjoint solve uses again; samples that
-    share the inputs of the Jacobian share it. Other forms go through PETSc's SNES, from the values that the state
-    Function had when the `WeakForm` was built.
+
+@dataclass(frozen=True)
+class MaskFailed:
+    """Return NaN for samples whose solve fails, with a warning that says how many and which."""
+
+
+class Solve(BatchedOperator):
+    """u = solve(m, ...): the state with F(u, m; v) = 0 for all v, differentiable twice for every input.
+
+    A form that is affine in the state is solved by one factorisation, which adjoint and tangent solves use again. Samples
+    that share the inputs of the Jacobian share the factorisation, and with a direct method are solved all at once. Other forms
+    go through PETSc's SNES, from the values that the state Function had when the `WeakForm` was built.
+
+    Second derivatives are those of reverse mode over either mode and of forward over reverse mode: `torch.autograd.grad` with
+    `create_graph=True`, `torch.func.hessian`. Third ones are refused.
 
     Args:
         pde: The weak form.
@@ -37,6 +59,8 @@ class Solve(BatchedOperator):
             prefix that no other object has. The default is LU (MUMPS where PETSc has it), `ksp_rtol` 1e-10, `snes_rtol` 1e-10.
         factor_budget: Bytes per rank for factorisations kept between forward and backward; the least recently used
             goes first and is rebuilt when it is needed.
+        failed: What to do where the solve of a sample fails: `RaiseFailed()` or `MaskFailed()`. A masked sample has NaN for
+            its gradient too, unless its cotangent is zero.
 
     Call:
         `solve(*inputs)`, in the order of `WeakForm(inputs=[...])`: `(*batch, n_owned)` for a Function, replicated
@@ -57,53 +81,188 @@ class Solve(BatchedOperator):
         >>> loss.backward()
     """
 
-    def __init__(self, pde: WeakForm, *, petsc_options: Mapping[str, Option] | None = None, factor_budget: int = 2**30) -> None:
+    def __init__(
+        self,
+        pde: WeakForm,
+        *,
+        petsc_options: Mapping[str, Option] | None = None,
+        factor_budget: int = 2**30,
+        failed: RaiseFailed | MaskFailed | None = None,
+    ) -> None:
         super().__init__(pde.space.mesh, pde.inputs, pde.unknown.shape)
         self.pde = pde
         self._equation = StateEquation(pde, petsc_options or {}, factor_budget)
-        self._vjp = ResidualVjp(pde)
+        self._vjp = ResidualVjp(pde, self._equation.matrices)
+        self._masks = isinstance(failed, MaskFailed)
 
     @property
     def num_factorisations(self) -> int:
         """Factorisations (or preconditioner set-ups) of the Jacobian so far, without those inside SNES."""
         return self._equation.factors.num_factorisations
 
+    @cached_property
+    def _tangent(self) -> ResidualTangent:
+        return ResidualTangent(self.pde)
+
     def _check_state(self) -> None:
         self.pde.check_fixed()
 
-    def _key(self, call: Call, sample: int) -> Hashable:
-        """Names the Jacobian of a sample. One that sees no input of a linear form is the same in all calls."""
-        if not self.pde.is_linear:
-            return call.number, sample
-        if not self._equation.jacobian_inputs:
-            return "constant"
-        return call.number, *(int(call.rows[k][sample]) for k in self._equation.jacobian_inputs)
-
     def _forward(self, call: Call, flat: Sequence[Array]) -> Array:
         out = np.empty((call.num_samples, self.pde.unknown.size))
-        for sample in range(call.num_samples):
-            key = self._key(call, sample)
-            try:
-                out[sample] = self._equation.solve(call.values(flat, sample), key)
-            except SolveFailed as error:
-                for done in range(sample + 1):  # no backward will ask for them
-                    self._equation.factors.release(self._key(call, done))
-                raise SolveFailed(f"Solve: {_which(call, sample)}: {error}.") from error
-            if not call.keep:
-                self._equation.factors.release(key)
+        failures: dict[int, SolveFailed] = {}
+        for group in self._groups(call, flat):
+            failures |= self._solve_group(group, out)
+            if not call.keep and group.key is not None:
+                self._equation.factors.release(group.key)
+            if failures and not self._masks:
+                break
+        self._report(call, failures)
+        out[list(failures)] = np.nan
         return out
 
-    def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> None:
-        for sample in reversed(range(call.num_samples)):  # the factor used last is the one surely kept
-            key = self._key(call, sample)
-            try:
-                lam = self._equation.solve_adjoint(call.values(flat, sample), out[sample], g[sample], key)
-            except SolveFailed as error:
-                raise SolveFailed(f"Solve: {_which(call, sample)}: adjoint: {error}.") from error
-            self._vjp.load(lam)
-            rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
-            self._vjp.add_implicit(g[sample], rows)
-            self._equation.factors.release(key)
+    def _solve_group(self, group: _Group, out: Array) -> dict[int, SolveFailed]:
+        """The states of samples that share a Jacobian; what went wrong, by sample."""
+        if len(group.samples) > 1:
+            out[group.samples], failed = self._equation.solve_many(group.values, group.key)
+            return {group.samples[k]: error for k, error in failed.items()}
+        (sample,) = group.samples
+        try:
+            out[sample] = self._equation.solve(group.values[0], group.key)
+        except SolveFailed as error:
+            return {sample: error}
+        return {}
+
+    def _report(self, call: Call, failures: Mapping[int, SolveFailed]) -> None:
+        """Raise the first failure, or warn of all."""
+        if not failures:
+            return
+        sample, error = min(failures.items())
+        if not self._masks:
+            raise SolveFailed(f"Solve: {_which(call, sample)}: {error}.") from error
+        warnings.warn(
+            f"Solve: {len(failures)} of {call.num_samples} samples failed and are NaN: {sorted(failures)}; the first: {error}.",
+            stacklevel=2,
+        )
+
+    def _groups(self, call: Call, flat: Sequence[Array], states: Array | None = None) -> Iterator[_Group]:
+        """Samples that share a Jacobian together, in the order of their first ones.
+
+        Args:
+            call: The call.
+            flat: Its inputs.
+            states: For a form that is not linear, the states; without them each sample is alone and has no key.
+        """
+        samples = [call.values(flat, sample) for sample in range(call.num_samples)]
+        if not self.pde.is_linear and states is None:
+            yield from (_Group(None, [sample], [values]) for sample, values in enumerate(samples))
+            return
+        groups: dict[Hashable, _Group] = {}
+        for sample, key in enumerate(self._equation.keys(samples, None if states is None else list(states))):
+            group = groups.setdefault(key, _Group(key, [], []))
+            group.samples.append(sample)
+            group.values.append(samples[sample])
+        yield from groups.values()
+
+    def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
+        lam = np.zeros_like(g)
+        self._mask_gradients(call, out, g, grads)
+        for group in reversed(self._alive(call, flat, out)):  # the factor used last is the one surely kept
+            lam[group.samples] = self._adjoint(call, group, out, g)
+            for sample, values in zip(group.samples, group.values, strict=True):
+                self._equation.load(values, out[sample])
+                self._vjp.load(lam[sample])
+                rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
+                self._vjp.add_implicit(g[sample], rows)
+            if group.key is not None:
+                self._equation.factors.release(group.key)
+        return lam
+
+    def _dead(self, out: Array) -> NDArray[np.bool_]:
+        """Which samples failed. Collective where failures are masked."""
+        return any_rank_each(self.comm, np.any(np.isnan(out), axis=1)) if self._masks else np.zeros(len(out), dtype=bool)
+
+    def _alive(self, call: Call, flat: Sequence[Array], out: Array) -> list[_Group]:
+        """Groups without the samples that failed."""
+        groups = self._groups(call, flat, out)
+        if not self._masks:
+            return list(groups)
+        dead = self._dead(out)
+        return [group for group in (group.without(dead) for group in groups) if group.samples]
+
+    def _mask_gradients(self, call: Call, out: Array, g: Array, grads: Sequence[Array | None]) -> None:
+        """NaN for what failed samples read, unless their cotangent is zero."""
+        if not self._masks:
+            return
+        for sample in np.flatnonzero(self._dead(out) & any_rank_each(self.comm, np.any(g != 0.0, axis=1))):
+            for k, grad in enumerate(grads):
+                if grad is not None:
+                    grad[call.rows[k][sample]] = np.nan
+
+    def _adjoint(self, call: Call, group: _Group, out: Array, g: Array) -> Array:
+        """lam of samples that share a Jacobian."""
+        first = group.samples[0]
+        if len(group.samples) > 1:
+            lam, failed = self._equation.solve_adjoints(group.values[0], out[first], g[group.samples], group.key)
+            if failed:
+                k, error = min(failed.items())
+                raise SolveFailed(f"Solve: {_which(call, group.samples[k])}: adjoint: {error}.") from error
+            return lam
+        try:
+            return self._equation.solve_adjoint(group.values[0], out[first], g[first], group.key)[None]
+        except SolveFailed as error:
+            raise SolveFailed(f"Solve: {_which(call, first)}: adjoint: {error}.") from error
+
+    def _pushforward(self, call: Call, flat: Sequence[Array], out: Array, tangents: Sequence[Array]) -> Array:
+        moved = np.full_like(out, np.nan)
+        for group in self._alive(call, flat, out):
+            right, lifting = [], []
+            for sample, values in zip(group.samples, group.values, strict=True):
+                self._equation.load(values, out[sample])
+                directions = call.values(tangents, sample)
+                lifting.append(self._prescribed_tangent(directions))
+                self._tangent.load(lifting[-1], directions)
+                right.append(-self._tangent.vector())
+            b = np.stack(right)
+            b[:, self.pde.boundary.owned] = 0.0
+            du, failed = self._equation.factors.get(group.key).solve_many(b, transposed=False)
+            if failed:
+                k, error = min(failed.items())
+                raise SolveFailed(f"Solve: {_which(call, group.samples[k])}: tangent: {error}.") from error
+            moved[group.samples] = du + np.stack(lifting)
+        return moved
+
+    def _prescribed_tangent(self, directions: Sequence[Array]) -> Array:
+        """dh on the prescribed dofs, zero elsewhere: owned coefficients of the state."""
+        du = np.zeros(self.pde.unknown.size)
+        for source in self.pde.boundary.sources:
+            source.push(directions[source.position], du)
+        return du
+
+    def _curvature(self, call: Call, flat: Sequence[Array], bend: Bend, at_out: Array, grads: Sequence[Array]) -> None:
+        dead = self._dead(bend.out)
+        for sample in range(call.num_samples):
+            if dead[sample]:
+                raise SolveFailed(f"Solve: {_which(call, sample)} failed; it has no second derivative.")
+            self._equation.load(call.values(flat, sample), bend.out[sample])
+            self._tangent.load(bend.out_dot[sample], call.values(bend.tangents, sample))
+            self._tangent.load_test(bend.lam[sample])
+            at_out[sample] -= self._tangent.gradient(0)
+            for k, grad in enumerate(grads):
+                grad[call.rows[k][sample]] -= self._tangent.gradient(1 + k)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Samples that share a Jacobian: its key, their numbers, and the values of their inputs."""
+
+    key: Hashable
+    samples: list[int]
+    values: list[list[Array]]
+
+    def without(self, dead: NDArray[np.bool_]) -> _Group:
+        """The samples that are not marked."""
+        alive = [k for k, sample in enumerate(self.samples) if not dead[sample]]
+        return _Group(self.key, [self.samples[k] for k in alive], [self.values[k] for k in alive])
 
 
 def _which(call: Call, sample: int) -> str:

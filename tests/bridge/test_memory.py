@@ -81,7 +81,8 @@ def test_factors_are_taken_from_those_that_are_there() -> None:
         m = (case.values[0] + 0.001 * k).requires_grad_()
         solve(m).sum().backward()
         with torch.no_grad():
-            solve(m)
+            solve(m)  # the factor of these values is still there
+            solve(m + 1)
     assert len(solve._equation.factors._factors) == 1
     assert solve.num_factorisations == 200
 

@@ -187,25 +187,6 @@ def test_batches_are_loops(build: Callable[[MPI.Comm], Case]) -> None:
         assert torch.allclose(total, gradient, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("allow_unused", [False, True])
-def test_second_derivatives_are_refused(allow_unused: bool) -> None:
-    """Refused even where torch is told to take what is missing in the graph for zero."""
-    case = CASES["log_diffusion"](MPI.COMM_SELF)
-    inputs = leaves(case)
-    (g,) = torch.autograd.grad(fem_vi.Solve(case.pde)(*inputs).square().sum(), inputs, create_graph=True)
-    with pytest.raises(fem_vi.UnsupportedDerivative, match="once"):
-        torch.autograd.grad(g.sum(), inputs, allow_unused=allow_unused)
-
-
-def test_forward_mode_and_vmap_are_refused() -> None:
-    case = CASES["log_diffusion"](MPI.COMM_SELF)
-    solve = fem_vi.Solve(case.pde)
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(solve, tuple(case.values), tuple(case.values))
-    with pytest.raises(RuntimeError):
-        torch.func.vmap(solve)(case.values[0].expand(3, -1))
-
-
 def test_backward_twice_through_a_kept_graph() -> None:
     case = CASES["reaction"](MPI.COMM_SELF)
     inputs = leaves(case)

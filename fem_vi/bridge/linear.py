@@ -1,0 +1,46 @@
+"""Linear maps of tensors as differentiable functions: the adjoint gives the first derivative, and the map itself all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Map = Callable[[Tensor], Tensor]
+
+
+class _Linear(torch.autograd.Function):
+    """A x, where A and its adjoint act on all leading axes alike."""
+
+    @staticmethod
+    def forward(forward: Map, adjoint: Map, x: Tensor) -> Tensor:
+        return forward(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Map, Map, Tensor], output: Tensor) -> None:
+        ctx.forward_map, ctx.adjoint_map, _ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, _Linear.apply(ctx.adjoint_map, ctx.forward_map, grads[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Linear.apply(ctx.forward_map, ctx.adjoint_map, tangents[2])  # type: ignore[no-any-return]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], forward: Map, adjoint: Map, x: Tensor) -> tuple[Tensor, int]:
+        return _Linear.apply(forward, adjoint, x.movedim(in_dims[2], 0)), 0
+
+
+def apply_linear(forward: Map, adjoint: Map, x: Tensor) -> Tensor:
+    """A x, differentiable to any order, in forward mode and under `torch.func.vmap`.
+
+    Args:
+        forward: A, for tensors with any leading axes. It returns a tensor of its own, not a view of its argument.
+        adjoint: Its adjoint, likewise.
+        x: What A is applied to.
+    """
+    return _Linear.apply(forward, adjoint, x)  # type: ignore[no-any-return]
