@@ -66,8 +66,13 @@ def _interpolate(target: fem.Function, V: Any, scale: float, shift: float) -> No
     target.interpolate(smooth)
 
 
-def make_case(F: ufl.Form, u: fem.Function, given: list[Any], bcs: list[Any], values: list[Any], **extra: Any) -> Case:
-    """Fill the table's row: `values[k]` is a scale for a Function and a number or array for a Constant."""
+def make_case(
+    F: ufl.Form, u: fem.Function, given: list[Any], bcs: list[Any], values: list[Any], *, u_scale: float = 1.0, **extra: Any
+) -> Case:
+    """Fill the table's row: `values[k]` is a scale for a Function and a number or array for a Constant.
+
+    `u_scale` keeps 0.3 of the state's weight, where residuals are looked at, among the states that the equation admits.
+    """
     tensors, weights = [], []
     for k, (what, value) in enumerate(zip(given, values, strict=True)):
         if isinstance(what, fem.Function):
@@ -76,7 +81,7 @@ def make_case(F: ufl.Form, u: fem.Function, given: list[Any], bcs: list[Any], va
         else:
             tensors.append(torch.as_tensor(np.array(value, dtype=np.float64)))
             weights.append(torch.linspace(0.5, 1.5, max(1, tensors[-1].numel()), dtype=torch.float64).reshape(tensors[-1].shape))
-    weights.append(interpolated(u.function_space, 1.0, 0.7))
+    weights.append(interpolated(u.function_space, u_scale, 0.7))
     return Case(fem_vi.WeakForm(F, state=u, inputs=given, bcs=bcs), given, tensors, weights, u, extra)
 
 
@@ -100,6 +105,13 @@ def left(x: np.ndarray) -> np.ndarray:
 def everywhere(x: np.ndarray) -> np.ndarray:
     """The whole boundary."""
     return np.full(x.shape[1], True)
+
+
+def taylor_hood(msh: mesh.Mesh) -> Any:
+    """The space of velocities of degree two and pressures of degree one."""
+    cell = msh.basix_cell()
+    parts = [basix.ufl.element("Lagrange", cell, 2, shape=(msh.geometry.dim,)), basix.ufl.element("Lagrange", cell, 1)]
+    return fem.functionspace(msh, basix.ufl.mixed_element(parts))
 
 
 def log_diffusion(comm: MPI.Comm) -> Case:
@@ -155,9 +167,7 @@ def elasticity(comm: MPI.Comm) -> Case:
 def stokes(comm: MPI.Comm) -> Case:
     """Taylor-Hood elements: a mixed state, a viscosity field, a body force, Dirichlet data on the velocity subspace."""
     msh = square(comm, 3)
-    cell = msh.basix_cell()
-    parts = [basix.ufl.element("Lagrange", cell, 2, shape=(2,)), basix.ufl.element("Lagrange", cell, 1)]
-    W = fem.functionspace(msh, basix.ufl.mixed_element(parts))
+    W = taylor_hood(msh)
     w, (v, q) = fem.Function(W), ufl.TestFunctions(W)
     u, p = ufl.split(w)
     m = fem.Function(fem.functionspace(msh, ("Lagrange", 1)), name="m")
@@ -198,9 +208,78 @@ def mixed_poisson(comm: MPI.Comm) -> Case:
     return make_case(F, w, [m, data], [], [0.5, 1.0])
 
 
+def navier_stokes(comm: MPI.Comm) -> Case:
+    """Steady flow in Taylor-Hood elements: viscosity, inflow and a force as inputs, no slip at the walls, free outflow."""
+    msh = square(comm)
+    W = taylor_hood(msh)
+    w, (v, q) = fem.Function(W), ufl.TestFunctions(W)
+    u, p = ufl.split(w)
+    nu, force = fem.Constant(msh, 0.0), fem.Function(fem.functionspace(msh, ("DG", 0, (2,))), name="force")
+    V, _ = W.sub(0).collapse()
+    inflow, rest = fem.Function(V, name="inflow"), fem.Function(V)
+    F = nu * ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx + ufl.inner(ufl.dot(ufl.grad(u), u) - force, v) * ufl.dx
+    F -= (p * ufl.div(v) + q * ufl.div(u)) * ufl.dx
+    walls = boundary_dofs(W.sub(0), lambda x: np.isclose(x[1] * (1 - x[1]), 0.0), V)
+    bcs = [
+        fem.dirichletbc(inflow, boundary_dofs(W.sub(0), left, V), W.sub(0)),
+        fem.dirichletbc(rest, walls, W.sub(0)),
+    ]
+    return make_case(F, w, [nu, inflow, force], bcs, [0.1, 1.0, 1.0])
+
+
+def neo_hookean(u: Any, mu: Any, lam: Any) -> Any:
+    """The energy density of a compressible neo-Hookean solid in plane strain, mu / 2 (tr C - 2) - mu ln J + lam / 2 (ln J)^2.
+
+    C = D^T D, J = det D with the deformation gradient D = I + grad u. Bonet and Wood (2008), Nonlinear continuum mechanics for
+    finite element analysis, section 6.4.3.
+    """
+    deformation = ufl.Identity(2) + ufl.grad(u)
+    log_j = ufl.ln(ufl.det(deformation))
+    return mu / 2 * (ufl.inner(deformation, deformation) - 2) - mu * log_j + lam / 2 * log_j**2
+
+
+def hyperelasticity(comm: MPI.Comm) -> Case:
+    """A neo-Hookean solid from its energy: a Lame field, a body force, a displaced side."""
+    msh = square(comm, 3)
+    V = fem.functionspace(msh, ("Lagrange", 2, (2,)))
+    u, v = fem.Function(V), ufl.TestFunction(V)
+    m = fem.Function(fem.functionspace(msh, ("Lagrange", 1)), name="m")
+    force, h, fixed = fem.Function(V, name="force"), fem.Function(V, name="h"), fem.Function(V)
+    dx = ufl.dx(metadata={"quadrature_degree": 4})
+    F = ufl.derivative(neo_hookean(u, ufl.exp(m), 2 * ufl.exp(m)) * dx, u, v) - ufl.inner(force, v) * dx
+    right = boundary_dofs(V, lambda x: np.isclose(x[0], 1.0))
+    bcs = [fem.dirichletbc(fixed, boundary_dofs(V, left)), fem.dirichletbc(h, right)]
+    return make_case(F, u, [m, force, h], bcs, [0.4, 0.5, 0.1], u_scale=0.2)
+
+
+def helmholtz(comm: MPI.Comm) -> Case:
+    """Waves in a square with hard walls, driven from one side: symmetric and indefinite, wave number and index of refraction.
+
+    k^2 = 27 lies between the eigenvalues 22.2 and 32.1 of -div grad with u = 0 on that side.
+    """
+    msh = square(comm, cell=mesh.CellType.quadrilateral)
+    V = fem.functionspace(msh, ("Lagrange", 2))
+    u, v = fem.Function(V), ufl.TestFunction(V)
+    k, m = fem.Constant(msh, 0.0), fem.Function(fem.functionspace(msh, ("Lagrange", 1)), name="m")
+    h = fem.Function(V, name="h")
+    F = ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx - (k * ufl.exp(m)) ** 2 * u * v * ufl.dx
+    return make_case(F, u, [k, m, h], [fem.dirichletbc(h, boundary_dofs(V, left))], [27**0.5, 0.02, 1.0])
+
+
 CASES: dict[str, Callable[[MPI.Comm], Case]] = {
     build.__name__: build
-    for build in (log_diffusion, source_and_data, reaction, elasticity, stokes, discontinuous, mixed_poisson)
+    for build in (
+        log_diffusion,
+        source_and_data,
+        reaction,
+        elasticity,
+        stokes,
+        discontinuous,
+        mixed_poisson,
+        navier_stokes,
+        hyperelasticity,
+        helmholtz,
+    )
 }
 
 
