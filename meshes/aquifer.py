@@ -33,33 +33,6 @@ def spline(points: list[tuple[float, float]], ends: dict[tuple[float, float], in
     return int(gmsh.model.geo.addSpline(tags))
 
 
-def circle(centre: tuple[float, float], radius: float) -> list[int]:
-    """Four arcs, counterclockwise."""
-    x, y = centre
-    middle = gmsh.model.geo.addPoint(x, y, 0.0)
-    rim = [gmsh.model.geo.addPoint(x + radius * c, y + radius * s, 0.0) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
-    return [gmsh.model.geo.addCircleArc(rim[i], middle, rim[(i + 1) % 4]) for i in range(4)]
-
-
-def set_sizes(size: float, well: list[int], fault: int) -> None:
-    """Cells of `size`; half of it at the fault, a fifth of it at the well; linear in between."""
-    field = gmsh.model.mesh.field
-    thresholds = []
-    for curves, smallest, far in ((well, size / 5.0, 0.35), ([fault], size / 2.0, 0.2)):
-        distance = field.add("Distance")
-        field.setNumbers(distance, "CurvesList", curves)
-        field.setNumber(distance, "Sampling", 200)
-        threshold = field.add("Threshold")
-        for key, value in (("InField", distance), ("SizeMin", smallest), ("SizeMax", size), ("DistMin", 0.0), ("DistMax", far)):
-            field.setNumber(threshold, key, value)
-        thresholds.append(threshold)
-    both = field.add("Min")
-    field.setNumbers(both, "FieldsList", thresholds)
-    field.setAsBackgroundMesh(both)
-    for option in ("MeshSizeExtendFromBoundary", "MeshSizeFromPoints", "MeshSizeFromCurvature"):
-        gmsh.option.setNumber(f"Mesh.{option}", 0)
-
-
 def main() -> None:
     """Write the mesh."""
     arguments = gmsh_session.options("aquifer", "Aquifer in 2D with a well and a fault.", size=0.045).parse_args()
@@ -67,7 +40,7 @@ def main() -> None:
         ends: dict[tuple[float, float], int] = {}
         river, east, inflow, west = (spline(points, ends) for points in (RIVER, EAST, INFLOW, WEST))
         fault = spline(FAULT, {})
-        well = circle(WELL, RADIUS)
+        well = gmsh_session.circle(WELL, RADIUS)
         outline = gmsh.model.geo.addCurveLoop([river, east, inflow, west])
         surface = gmsh.model.geo.addPlaneSurface([outline, gmsh.model.geo.addCurveLoop(well)])
         gmsh.model.geo.synchronize()
@@ -76,7 +49,7 @@ def main() -> None:
         parts = {"river": [river], "inflow": [inflow], "no_flow": [east, west], "well": well, "fault": [fault]}
         for value, (name, curves) in enumerate(parts.items(), start=1):
             gmsh_session.tag(1, name, value, curves)
-        set_sizes(arguments.size, well, fault)
+        gmsh_session.set_sizes(arguments.size, [(well, arguments.size / 5.0, 0.35), ([fault], arguments.size / 2.0, 0.2)])
         gmsh_session.write(arguments.out, dim=2, order=arguments.order)
 
 

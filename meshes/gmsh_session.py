@@ -50,6 +50,38 @@ def tag(dim: int, name: str, value: int, entities: list[int]) -> None:
     gmsh.model.addPhysicalGroup(dim, entities, value, name)
 
 
+def circle(centre: tuple[float, float], radius: float) -> list[int]:
+    """Four arcs, counterclockwise."""
+    x, y = centre
+    middle = gmsh.model.geo.addPoint(x, y, 0.0)
+    rim = [gmsh.model.geo.addPoint(x + radius * c, y + radius * s, 0.0) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
+    return [gmsh.model.geo.addCircleArc(rim[i], middle, rim[(i + 1) % 4]) for i in range(4)]
+
+
+def set_sizes(size: float, near: list[tuple[list[int], float, float]]) -> None:
+    """Cells of `size` far from everything that is listed, and growing linearly up to there.
+
+    Args:
+        size: Edge length of the largest cells.
+        near: Groups of curves, each with the edge length at them and the distance where it no longer matters.
+    """
+    field = gmsh.model.mesh.field
+    thresholds = []
+    for curves, smallest, far in near:
+        distance = field.add("Distance")
+        field.setNumbers(distance, "CurvesList", curves)
+        field.setNumber(distance, "Sampling", 200)
+        threshold = field.add("Threshold")
+        for key, value in (("InField", distance), ("SizeMin", smallest), ("SizeMax", size), ("DistMin", 0.0), ("DistMax", far)):
+            field.setNumber(threshold, key, value)
+        thresholds.append(threshold)
+    smallest_of_all = field.add("Min")
+    field.setNumbers(smallest_of_all, "FieldsList", thresholds)
+    field.setAsBackgroundMesh(smallest_of_all)
+    for option in ("MeshSizeExtendFromBoundary", "MeshSizeFromPoints", "MeshSizeFromCurvature"):
+        gmsh.option.setNumber(f"Mesh.{option}", 0)
+
+
 def write(path: Path, *, dim: int, order: int) -> None:
     """Mesh the current model and write it.
 

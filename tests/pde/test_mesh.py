@@ -147,6 +147,7 @@ def chord(radius: float, num_edges: int) -> float:
 
 SIZES = {  # the first decimals of spline lengths come from the files themselves; polygons and boxes are exact
     "aquifer": {"river": 1.230500, "inflow": 1.218548, "no_flow": 2.576471, "well": chord(0.02, 16), "fault": 0.695520},
+    "cylinder": {"inflow": 0.41, "outflow": 0.41, "walls": 4.4, "cylinder": chord(0.05, 40)},
     "l_bracket": {"clamped": 0.12, "load": 0.12, "free": 2 * (0.51 + 0.01 * (1 - math.pi / 4)) + 0.4 * (2 + 2 * 0.6)},
     "plate_with_hole": {"left": 2.0, "right": 2.0, "bottom": 2.0, "top": 2.0, "hole": chord(0.3, 100)},
 }
