@@ -28,7 +28,9 @@ class MatrixForm:
 
     def create_matrix(self) -> Matrix:
         """A matrix with the sparsity of the form. Collective."""
-        return _SharedMatrix(self) if self.form.mesh.comm.size == 1 else _DistributedMatrix(self)
+        one_rank = self.form.mesh.comm.size == 1
+        rows, columns = (V.dofmap.index_map_bs for V in self.form.function_spaces)
+        return _SharedMatrix(self) if one_rank and rows == columns else _InsertedMatrix(self)
 
 
 class Matrix:
@@ -68,8 +70,8 @@ class _SharedMatrix(Matrix):
         self.petsc.stateIncrease()
 
 
-class _DistributedMatrix(Matrix):
-    """On several ranks: PETSc's own insertion."""
+class _InsertedMatrix(Matrix):
+    """PETSc's own insertion: on several ranks, and where rows and columns differ in block size, which DOLFINx refuses."""
 
     def __init__(self, kind: MatrixForm) -> None:
         self._form, self._bcs = kind.form, kind.bcs
