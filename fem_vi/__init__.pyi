@@ -9,9 +9,8 @@ from .bridge.layout import all_sum as all_sum
 from .bridge.layout import distribute as distribute
 from .bridge.layout import gather as gather
 from .bridge.layout import localise as localise
-from .bridge.observe import MaskOutside as MaskOutside
 from .bridge.observe import PointObservation as PointObservation
-from .bridge.observe import RaiseOutside as RaiseOutside
+from .bridge.observe_expression import ExpressionObservation as ExpressionObservation
 from .bridge.residual import Residual as Residual
 from .bridge.solve import MaskFailed as MaskFailed
 from .bridge.solve import RaiseFailed as RaiseFailed
@@ -29,6 +28,8 @@ from .errors import UnsupportedForm as UnsupportedForm
 from .parallel import ProcessGrid as ProcessGrid
 from .pde.mesh import MeshData as MeshData
 from .pde.mesh import read_mesh as read_mesh
+from .pde.points import MaskOutside as MaskOutside
+from .pde.points import RaiseOutside as RaiseOutside
 from .pde.weak_form import WeakForm as WeakForm
 from .plot import plot_field as plot_field
 from .plot import save_figure as save_figure
