@@ -15,6 +15,7 @@ from .bridge.residual import Residual as Residual
 from .bridge.solve import MaskFailed as MaskFailed
 from .bridge.solve import RaiseFailed as RaiseFailed
 from .bridge.solve import Solve as Solve
+from .bridge.split import Split as Split
 from .errors import FailedOnAnotherRank as FailedOnAnotherRank
 from .errors import FemViError as FemViError
 from .errors import InvalidInput as InvalidInput
