@@ -21,6 +21,7 @@ from ufl.algorithms.analysis import extract_arguments, extract_coefficients, ext
 from ufl.domain import extract_unique_domain
 
 from fem_vi.bridge.layout import as_numpy
+from fem_vi.bridge.linear import apply_linear
 from fem_vi.bridge.point_values import PointValues
 from fem_vi.bridge.ufl_torch import TorchExpression, derivative_of, lower, terminals
 from fem_vi.errors import InvalidInput, UnsupportedForm
@@ -84,8 +85,8 @@ class ExpressionObservation:
         self.points, location = find_points(mesh, points, outside)
         self.found = torch.from_numpy(location.found)
         inside = Location(location.cells[location.found], location.reference[location.found], location.found[location.found])
-        self._readings = [_create_reading(given, nodes, inside) for given in varying]
-        held = [_create_reading(given, nodes, inside)(_values_of(given)) for given in fixed]
+        self._readings = [_create_reading(given, nodes, inside, self.comm) for given in varying]
+        held = [_create_reading(given, nodes, inside, self.comm)(_values_of(given)) for given in fixed]
         self._held: dict[Any, Tensor] = {node: value for reading in held for node, value in reading.items()}
         coordinates = torch.from_numpy(self.points[location.found, : mesh.geometry.dim])
         self._held.update((node, coordinates) for node in nodes if isinstance(node, classes.SpatialCoordinate))
@@ -98,7 +99,7 @@ class ExpressionObservation:
             for given in self._fixed:
                 given.check_unchanged()
             batch = _check_tensors(inputs, self._inputs)
-        _check_ranks(self.comm, batch, inputs, self._inputs)
+        _check_batches(self.comm, batch)
         values = dict(self._held)
         for reading, x in zip(self._readings, inputs, strict=True):
             values.update(reading(x.to(device="cpu", dtype=torch.float64)))
@@ -111,7 +112,7 @@ class ExpressionObservation:
 
 
 class _Symbols:
-    """The Functions and Constants of a UFL expression."""
+    """The Functions and Constants of a UFL expression, told as a form tells its own."""
 
     def __init__(self, expr: Any) -> None:
         if isinstance(expr, ufl.Form):
@@ -169,17 +170,17 @@ class _Reading:
 class _ConstantReading:
     """The same for a Constant."""
 
-    def __init__(self, node: Any) -> None:
-        self._node, self._num_axes = node, len(node.ufl_shape)
+    def __init__(self, node: Any, comm: Any) -> None:
+        self._node, self._comm, self._num_axes = node, comm, len(node.ufl_shape)
 
     def __call__(self, x: Tensor) -> dict[Any, Tensor]:
-        return {self._node: x.unsqueeze(x.ndim - self._num_axes)}
+        return {self._node: _replicated(x, self._comm).unsqueeze(x.ndim - self._num_axes)}
 
 
-def _create_reading(given: Input, nodes: Sequence[Any], location: Location) -> _Reading | _ConstantReading:
+def _create_reading(given: Input, nodes: Sequence[Any], location: Location, comm: Any) -> _Reading | _ConstantReading:
     """What reads an input at the points. Collective for Functions."""
     if isinstance(given, ConstantInput):
-        return _ConstantReading(given.given)
+        return _ConstantReading(given.given, comm)
     by_order = {order: node for node in nodes for what, order in [derivative_of(node)] if what is given.given}
     return _Reading(list(by_order.values()), PointValues(given.space, location, list(by_order) or [0]))
 
@@ -217,15 +218,23 @@ def _check_tensors(inputs: Sequence[object], expected: Sequence[Input]) -> tuple
         raise InvalidInput(f"ExpressionObservation: the batch axes do not broadcast: {batches}.") from error
 
 
-def _check_ranks(comm: Any, batch: tuple[int, ...], inputs: Sequence[Tensor], expected: Sequence[Input]) -> None:
-    """Refuse batches, or values of Constants, that differ between ranks. Collective."""
-    if comm.size == 1:
-        return
-    constants = [as_numpy(x).tobytes() for x, given in zip(inputs, expected, strict=True) if not given.is_field]
-    seen = all_values(comm, (batch, [zlib.crc32(values) for values in constants]))
-    if any(other[0] != seen[0][0] for other in seen):
-        raise InvalidInput(f"ExpressionObservation: the batch axes differ between ranks: {[other[0] for other in seen]}.")
-    if any(other != seen[0] for other in seen):
-        raise InvalidInput(
-            "ExpressionObservation: the values of a Constant differ between ranks; they must be replicated. Seed all ranks alike."
-        )
+def _check_batches(comm: Any, batch: tuple[int, ...]) -> None:
+    """Refuse batch axes that differ between ranks. Collective."""
+    seen = all_values(comm, batch)
+    if any(other != batch for other in seen):
+        raise InvalidInput(f"ExpressionObservation: the batch axes differ between ranks: {seen}.")
+
+
+def _replicated(x: Tensor, comm: Any) -> Tensor:
+    """The same tensor, after a check that it is the same on every rank, which also sees through torch's transforms."""
+
+    def check(values: Tensor) -> Tensor:
+        seen = all_values(comm, zlib.crc32(as_numpy(values).tobytes()))
+        if any(other != seen[0] for other in seen):
+            raise InvalidInput(
+                "ExpressionObservation: the values of a Constant differ between ranks; they must be replicated. "
+                "Seed all ranks alike."
+            )
+        return values.clone()
+
+    return apply_linear(check, torch.clone, x) if comm.size > 1 else x

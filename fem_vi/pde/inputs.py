@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import ufl
 from dolfinx import fem
 from numpy.typing import NDArray
 
@@ -168,20 +169,11 @@ def check_list(name: str, given: object) -> None:
         raise InvalidInput(f"{name} is a {type(given).__name__}; it must be a list, {name}=[...], also of one or none.")
 
 
-class HasSymbols(Protocol):
-    """A UFL form, or what tells the Functions and Constants of another expression as a form does."""
-
-    def coefficients(self) -> Sequence[Any]: ...  # noqa: D102
-    def constants(self) -> Sequence[Any]: ...  # noqa: D102
-
-
-def create_copies(
-    form: HasSymbols, inputs: Sequence[object], *, besides: Sequence[object] = ()
-) -> tuple[list[Input], list[Input]]:
+def create_copies(form: ufl.Form, inputs: Sequence[object], *, besides: Sequence[object] = ()) -> tuple[list[Input], list[Input]]:
     """Private copies of everything in a form: of the listed inputs, and of the rest, which stays fixed.
 
     Args:
-        form: UFL form, or another holder of symbols.
+        form: UFL form.
         inputs: The caller's Functions and Constants that vary.
         besides: What needs no copy.
 

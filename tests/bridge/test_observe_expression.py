@@ -214,8 +214,25 @@ def test_gradcheck_to_second_order(build: Any) -> None:
     inputs = inputs_of(expr, f)
     observe = fem_vi.ExpressionObservation(expr, [[0.31, 0.42], [0.71, 0.18]], inputs)
     tensors = [tensor_of(x).requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(observe, tensors, fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda *x: observe(*x).sin(), tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(observe, tensors, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda *x: observe(*x).sin(), tensors, fast_mode=True, check_fwd_over_rev=True)
+
+
+@pytest.mark.mpi
+def test_torch_transforms_on_any_number_of_ranks() -> None:
+    """vmap is a loop; <g, dy(v)> = <dy^T g, v>."""
+    f = fields(COMM)
+    u, c = f["u"], f["c"]
+    observe = fem_vi.ExpressionObservation(c * ufl.exp(u) * ufl.grad(u), POINTS, [u, c])
+    us, cs = torch.stack([k * owned(u) for k in (1.0, 0.5, -0.3)]), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    assert torch.allclose(torch.func.vmap(observe)(us, cs), observe(us, cs), rtol=1e-13)
+    v = interpolated(u.function_space, 1.0, 1.1)
+    y, forward = torch.func.jvp(observe, (us[0], cs[0]), (v, cs[1]))
+    _, pull = torch.func.vjp(observe, us[0], cs[0])
+    g = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape)
+    at_u, at_c = pull(g)
+    backward = fem_vi.all_sum((at_u * v).sum(), COMM) + at_c * cs[1]
+    assert torch.allclose((g * forward).sum(), backward, rtol=1e-12)
 
 
 def pairing(f: dict[str, Any], inputs: list[Any], gradients: Any, comm: MPI.Comm) -> list[float]:
