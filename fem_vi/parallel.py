@@ -124,12 +124,12 @@ def fingerprint(comm: MPI.Comm, samples: Sequence[Sequence[NDArray[np.float64]]]
 
     MPI: Collective.
     """
-    local = np.array([hash(tuple(array.tobytes() for array in arrays)) for arrays in samples], dtype=np.int64)
-    if comm.size > 1:
-        total = np.empty_like(local)
-        comm.Allreduce(local, total, op=MPI.SUM)
-        local = total
-    return [int(number) for number in local]
+    local = [hash(tuple([array.tobytes() for array in arrays])) for arrays in samples]
+    if comm.size == 1:
+        return local
+    total = np.empty(len(local), dtype=np.int64)
+    comm.Allreduce(np.array(local, dtype=np.int64), total, op=MPI.SUM)
+    return total.tolist()  # type: ignore[no-any-return]
 
 
 def any_rank(comm: MPI.Comm, flag: bool) -> bool:

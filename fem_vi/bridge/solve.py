@@ -15,9 +15,10 @@ of g^T du, at a fixed direction dm, is that of -T(lam): assembly only (see `fem_
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,7 +145,7 @@ class Solve(BatchedOperator):
             stacklevel=2,
         )
 
-    def _groups(self, call: Call, flat: Sequence[Array], states: Array | None = None) -> Iterator[_Group]:
+    def _groups(self, call: Call, flat: Sequence[Array], states: Array | None = None) -> list[_Group]:
         """Samples that share a Jacobian together, in the order of their first ones.
 
         Args:
@@ -154,14 +155,15 @@ class Solve(BatchedOperator):
         """
         samples = [call.values(flat, sample) for sample in range(call.num_samples)]
         if not self.pde.is_linear and states is None:
-            yield from (_Group(None, [sample], [values]) for sample, values in enumerate(samples))
-            return
+            return [_Group(None, [sample], [values]) for sample, values in enumerate(samples)]
         groups: dict[Hashable, _Group] = {}
-        for sample, key in enumerate(self._equation.keys(samples, None if states is None else list(states))):
-            group = groups.setdefault(key, _Group(key, [], []))
+        for sample, key in enumerate(self._equation.keys(samples, states)):
+            group = groups.get(key)
+            if group is None:
+                group = groups[key] = _Group(key, [], [])
             group.samples.append(sample)
             group.values.append(samples[sample])
-        yield from groups.values()
+        return list(groups.values())
 
     def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
         lam = np.zeros_like(g)
@@ -185,7 +187,7 @@ class Solve(BatchedOperator):
         """Groups without the samples that failed."""
         groups = self._groups(call, flat, out)
         if not self._masks:
-            return list(groups)
+            return groups
         dead = self._dead(out)
         return [group for group in (group.without(dead) for group in groups) if group.samples]
 
@@ -251,8 +253,7 @@ class Solve(BatchedOperator):
                 grad[call.rows[k][sample]] -= self._tangent.gradient(1 + k)
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     """Samples that share a Jacobian: its key, their numbers, and the values of their inputs."""
 
     key: Hashable

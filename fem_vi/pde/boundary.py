@@ -95,7 +95,7 @@ class Boundary:
         self.sources = self._find_sources(space, inputs, last)
         for source in self.sources:
             self._fixed[source.dofs] = 0.0
-        self._watched = [(bc.g, _current(bc.g).copy()) for bc in self.bcs if not _is_input(bc, inputs)]
+        self._watched = [(bc.g, _current(bc.g).tobytes()) for bc in self.bcs if not _is_input(bc, inputs)]
         local = bool(self.sources) or bool(np.any(self._fixed))
         self.homogeneous = not any_rank(space.mesh.comm, local)
 
@@ -122,7 +122,7 @@ class Boundary:
         """Whether the caller has changed a prescribed value that is no input, nor one of `besides`. Not collective."""
         known = [given._cpp_object for given in besides]
         watched = [(value, frozen) for value, frozen in self._watched if not any(value is other for other in known)]
-        return any((_current(value) != frozen).any() for value, frozen in watched)
+        return any(_current(value).tobytes() != frozen for value, frozen in watched)
 
     def values(self) -> Array:
         """Prescribed values at the owned prescribed dofs `owned`."""

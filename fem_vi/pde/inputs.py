@@ -78,8 +78,8 @@ class FrozenMesh:
     """The coordinates of a mesh as they were when an operator was built on it."""
 
     def __init__(self, mesh: Any) -> None:
-        self._mesh = mesh
-        self._coordinates = mesh.geometry.x.copy()
+        self._coordinates = mesh.geometry.x
+        self._frozen = self._coordinates.tobytes()
 
     def check_unchanged(self) -> None:
         """Refuse to go on where the mesh has been moved. Not collective.
@@ -87,7 +87,7 @@ class FrozenMesh:
         Raises:
             InvalidInput: What was assembled before belongs to the old mesh.
         """
-        if not np.array_equal(self._mesh.geometry.x, self._coordinates):
+        if self._coordinates.tobytes() != self._frozen:
             raise InvalidInput("The mesh has been moved since the operator was built. Build the operator again on it.")
 
 

@@ -50,12 +50,12 @@ class StateEquation:
             _LinearSolve(pde, self.factors, self.matrices) if pde.is_linear else _NonlinearSolve(pde, self.factors, self._options)
         )
 
-    def keys(self, values: Sequence[Sequence[Array]], states: Sequence[Array] | None = None) -> list[Hashable]:
+    def keys(self, values: Sequence[Sequence[Array]], states: Array | None = None) -> list[int]:
         """Names of the Jacobians of some samples, which are fingerprints of all that the Jacobian sees.
 
         Args:
             values: For each sample, the owned values of each input.
-            states: For each sample, the owned coefficients of its state; needed for a form that is not linear.
+            states: The owned coefficients of their states, `(num_samples, n_owned)`; needed for a form that is not linear.
 
         Returns:
             One name for each sample; two are equal where, and only where, their Jacobians are.
@@ -66,7 +66,7 @@ class StateEquation:
         if not self.pde.is_linear:
             assert states is not None
             seen = [[*sample, state] for sample, state in zip(seen, states, strict=True)]
-        return list(fingerprint(self.pde.comm, seen))
+        return fingerprint(self.pde.comm, seen)
 
     def load(self, values: Sequence[Array], state: Array | None = None) -> None:
         """Write one sample's inputs, and its state, into the form's Functions. Collective.
