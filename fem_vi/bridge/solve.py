@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fem_vi.bridge.operator import BatchedOperator, Bend, Call
+from fem_vi.bridge.split import Split
 from fem_vi.errors import SolveFailed
 from fem_vi.parallel import any_rank_each
 from fem_vi.pde.adjoint import ResidualVjp
@@ -100,6 +101,11 @@ class Solve(BatchedOperator):
     def num_factorisations(self) -> int:
         """Factorisations (or preconditioner set-ups) of the Jacobian so far, without those inside SNES."""
         return self._equation.factors.num_factorisations
+
+    @cached_property
+    def split(self) -> Split:
+        """The parts of a mixed or vector state: `velocity, pressure = solve.split(u)`; see `Split`. Collective when first used."""
+        return Split(self.pde.space)
 
     @cached_property
     def _tangent(self) -> ResidualTangent:

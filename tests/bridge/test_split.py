@@ -61,7 +61,8 @@ def test_a_solution_splits_with_batches_and_gradients() -> None:
     m, *others = case.values
     m = torch.stack([m, 0.5 * m]).requires_grad_()
     u = solve(m, *others)
-    velocity, pressure = fem_vi.Split(case.state.function_space)(u)
+    velocity, pressure = solve.split(u)
+    assert solve.split.spaces[1].ufl_element() == case.state.function_space.sub(1).ufl_element()
     assert velocity.shape[0] == pressure.shape[0] == 2
     loss = fem_vi.all_sum(velocity.square().sum() + pressure.square().sum(), COMM)
     whole = fem_vi.all_sum(u.square().sum(), COMM)
