@@ -104,7 +104,7 @@ class Solve(BatchedOperator):
 
     @cached_property
     def split(self) -> Split:
-        """The parts of a mixed or vector state: `velocity, pressure = solve.split(u)`; see `Split`. Collective when first used."""
+        """The parts of a mixed state: `velocity, pressure = solve.split(u)`; see `Split`. Collective when first used."""
         return Split(self.pde.space)
 
     @cached_property
