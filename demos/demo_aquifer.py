@@ -87,7 +87,7 @@ def main(arguments: argparse.Namespace) -> None:
     wells = read_columns(arguments.heads)  # x [km], y [km], head [m], standard deviation of its noise [m]
     flow = aquifer_flow(data)
 
-    solve = fem_vi.Solve(flow.pde, petsc_options={"pc_type": "cholesky"})
+    solve = fem_vi.Solve(flow.pde)
     observe = fem_vi.PointObservation(flow.heads, wells[:, :2])
     prior = fem_vi.MaternField(flow.coefficients, std=STD, length=LENGTH)
     likelihood = fem_vi.GaussianNoise(std=torch.from_numpy(wells[:, 3]))

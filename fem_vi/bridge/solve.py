@@ -58,11 +58,20 @@ class Solve(BatchedOperator):
     Args:
         pde: The weak form.
         petsc_options: SNES, KSP and PC options without prefix, such as `{"ksp_type": "cg", "pc_type": "hypre"}`; set under a
-            prefix that no other object has. The default is LU (MUMPS where PETSc has it), `ksp_rtol` 1e-10, `snes_rtol` 1e-10.
+            prefix that no other object has. They go before the defaults below.
         factor_budget: Bytes per rank for factorisations kept between forward and backward; the least recently used
             goes first and is rebuilt when it is needed.
         failed: What to do where the solve of a sample fails: `RaiseFailed()` or `MaskFailed()`. A masked sample has NaN for
             its gradient too, unless its cotangent is zero.
+
+    Defaults:
+        `ksp_rtol` 1e-10, `snes_rtol` 1e-10. Where one of `ksp_type`, `pc_type` and `pc_factor_mat_solver_type` is given, the
+        others are preonly, lu and mumps. Where none is, the method is chosen when the operator is built, from the Jacobian at random
+        inputs: MUMPS, as L D L^T (with pivots, also for indefinite matrices) where it is symmetric, else as LU. Continuous
+        Lagrange spaces beyond 4e5 unknowns in the plane, 3e4 in space (three times as many where the Jacobian is not symmetric,
+        or sees neither inputs nor state) get CG with BoomerAMG where it is symmetric, with GAMG and the rigid body modes where
+        the state has also a component for each dimension, else GMRES with BoomerAMG; provided that the diagonal is positive and
+        that this solves a trial system in 100 iterations.
 
     Call:
         `solve(*inputs)`, in the order of `WeakForm(inputs=[...])`: `(*batch, n_owned)` for a Function, replicated

@@ -10,7 +10,7 @@ import itertools
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import numpy as np
 import ufl
@@ -27,6 +27,8 @@ Option = str | int | float | bool | None
 _counter = itertools.count()
 RESIDUAL_BOUND = 1e-6
 """Largest relative residual of a linear solve that is believed."""
+WAY_OUT = 'petsc_options={"pc_type": "lu"} takes a factorisation that fits any regular Jacobian'
+"""What an error says of other methods."""
 BLOCK = 128
 """Right-hand sides that are solved at once."""
 
@@ -42,11 +44,16 @@ def complete_options(given: Mapping[str, Option]) -> dict[str, Option]:
 
 
 class Options:
-    """PETSc options under a prefix that no other object has."""
+    """PETSc options under a prefix that no other object has.
 
-    def __init__(self, given: Mapping[str, Option]) -> None:
+    Args:
+        given: Options, without prefix.
+        watched: Those whose spelling is to be checked; all that are given, where this is None.
+    """
+
+    def __init__(self, given: Mapping[str, Option], watched: Iterable[str] | None = None) -> None:
         self.prefix = f"fem_vi_{next(_counter)}_"
-        self._unchecked = list(given)
+        self._unchecked = list(given if watched is None else watched)
         names = [self.prefix + name for name in complete_options(given)]
         weakref.finalize(self, _forget, names)
         database = PETSc.Options()
@@ -84,8 +91,8 @@ def petsc_words(error: PETSc.Error) -> str:
 class Factor:
     """One Jacobian with its solver and work vectors.
 
-    A method for symmetric matrices (CG, MINRES, Cholesky) is the user's word that J is symmetric; the check of each
-    solution finds out where that is not so.
+    A method for symmetric matrices (CG, MINRES, Cholesky) supposes that J is symmetric; the check of each solution finds out
+    where that is not so.
 
     Attributes:
         released: Whether the holder of its key has said that it will probably not come back.
@@ -258,7 +265,7 @@ class Factor:
         if reason <= 0:
             raise SolveFailed(
                 f"KSP stopped with {reason_name(PETSc.KSP.ConvergedReason, reason)} after {ksp.getIterationNumber()} iterations, "
-                f"relative residual {ksp.getResidualNorm():.1e}"
+                f"relative residual {ksp.getResidualNorm():.1e}{'' if self._direct else '; ' + WAY_OUT}"
             )
         if self._trusted():
             return
@@ -286,7 +293,7 @@ class Factor:
 def _weak(size: float) -> str:
     return (
         f"the linear solver left a relative residual of {size:.1e}: the Jacobian is singular or nearly so, or the method does "
-        "not fit it (Cholesky and CG want it symmetric)"
+        f"not fit it (Cholesky and CG want it symmetric); {WAY_OUT}"
     )
 
 
@@ -326,9 +333,19 @@ class FactorPool:
         boundary: Its Dirichlet conditions: their rows and columns are those of the identity.
         options: PETSc options.
         budget: Bytes, per rank; one factor is kept whatever its size.
+        prepare: What to do with each new matrix.
     """
 
-    def __init__(self, form: ufl.Form, boundary: Boundary, options: Options, budget: int) -> None:
+    def __init__(
+        self,
+        form: ufl.Form,
+        boundary: Boundary,
+        options: Options,
+        budget: int,
+        *,
+        prepare: Callable[[PETSc.Mat], None] = lambda matrix: None,
+    ) -> None:
+        self._prepare = prepare
         self._form = MatrixForm(form, boundary.bcs)
         self._options = options
         self._budget = budget
@@ -372,7 +389,9 @@ class FactorPool:
 
     def create_matrix(self) -> Matrix:
         """A matrix of the Jacobian. Collective."""
-        return self._form.create_matrix()
+        matrix = self._form.create_matrix()
+        self._prepare(matrix.petsc)
+        return matrix
 
     def _vacant(self) -> Factor:
         """The factor that goes first, or a new one where the budget allows it."""

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from dolfinx import fem
-from dolfinx.fem import petsc as fem_petsc
 from petsc4py import PETSc
 
 from fem_vi.parallel import max_over_ranks
 from fem_vi.pde.inputs import Array
+from fem_vi.pde.matrix import MatrixForm
 from fem_vi.pde.weak_form import WeakForm
 
 SYMMETRY_BOUND = 1e-12
@@ -38,16 +37,14 @@ class GenericJacobian:
     """
 
     def __init__(self, pde: WeakForm) -> None:
-        form = fem.form(pde.jacobian)
-        self.matrix = fem_petsc.create_matrix(form)
+        self._assembled = MatrixForm(pde.jacobian, pde.boundary.bcs).create_matrix()
+        self.matrix = self._assembled.petsc
         self.is_finite = False
         verdicts = []
         with _values_kept(pde):
             for point in _points(pde):
                 _load(pde, point)
-                self.matrix.zeroEntries()
-                fem_petsc.assemble_matrix(self.matrix, form, bcs=pde.boundary.bcs)
-                self.matrix.assemble()
+                self._assembled.assemble()
                 asymmetry = relative_asymmetry(self.matrix)
                 self.is_finite = bool(np.isfinite(asymmetry))
                 if self.is_finite:

@@ -12,9 +12,10 @@ from fem_vi.parallel import fingerprint
 from fem_vi.pde.assemble import VectorForm, create_vector_form
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.coupling import InputMatrix, constant_matrices, without
-from fem_vi.pde.factors import FactorPool, Option, Options, petsc_words, reason_name
+from fem_vi.pde.factors import WAY_OUT, FactorPool, Option, Options, petsc_words, reason_name
 from fem_vi.pde.inputs import Array, FunctionInput
 from fem_vi.pde.matrix import Matrix
+from fem_vi.pde.solver_choice import choose_solver
 from fem_vi.pde.weak_form import WeakForm
 
 Failures = dict[int, SolveFailed]
@@ -29,7 +30,7 @@ class StateEquation:
 
     Args:
         pde: The weak form.
-        petsc_options: SNES, KSP and PC options, without prefix.
+        petsc_options: SNES, KSP and PC options, without prefix; see `choose_solver` for what is not given.
         factor_budget: Bytes per rank for kept factorisations.
 
     Attributes:
@@ -42,8 +43,9 @@ class StateEquation:
 
     def __init__(self, pde: WeakForm, petsc_options: Mapping[str, Option], factor_budget: int) -> None:
         self.pde = pde
-        self._options = Options(petsc_options)
-        self.factors = FactorPool(pde.jacobian, pde.boundary, self._options, factor_budget)
+        choice = choose_solver(pde, petsc_options)
+        self._options = Options(choice.options, watched=petsc_options)
+        self.factors = FactorPool(pde.jacobian, pde.boundary, self._options, factor_budget, prepare=choice.prepare)
         self.jacobian_inputs = pde.occurs_in(pde.jacobian) if pde.is_linear else tuple(range(len(pde.inputs)))
         self.matrices = constant_matrices(pde)
         self._solver = (
@@ -278,10 +280,11 @@ class _NonlinearSolve:
             name = reason_name(PETSc.SNES.ConvergedReason, reason)
             linear = self._snes.getKSP().getConvergedReason()
             hint = f" (KSP: {reason_name(PETSc.KSP.ConvergedReason, linear)})" if linear < 0 else ""
+            way_out = f"; {WAY_OUT}" if linear < 0 and self._snes.getKSP().getPC().getType() != "lu" else ""
             self._snes.getKSP().reset()  # MUMPS does not factorise again after an error
             raise SolveFailed(
                 f"SNES stopped with {name}{hint} after {self._snes.getIterationNumber()} iterations, "
-                f"residual norm {self._snes.getFunctionNorm():.1e}"
+                f"residual norm {self._snes.getFunctionNorm():.1e}{way_out}"
             )
         return self._x.array_r.copy()  # type: ignore[no-any-return]
 
