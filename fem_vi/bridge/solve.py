@@ -23,10 +23,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fem_vi.arguments import instance
 from fem_vi.bridge.operator import BatchedOperator, Bend, Call
 from fem_vi.bridge.split import Split
 from fem_vi.errors import SolveFailed
-from fem_vi.parallel import any_rank_each
+from fem_vi.parallel import any_rank_each, raise_on_all
 from fem_vi.pde.adjoint import ResidualVjp
 from fem_vi.pde.factors import Option
 from fem_vi.pde.inputs import Array
@@ -66,8 +67,8 @@ class Solve(BatchedOperator):
 
     Defaults:
         `ksp_rtol` 1e-10, `snes_rtol` 1e-10. Where one of `ksp_type`, `pc_type` and `pc_factor_mat_solver_type` is given, the
-        others are preonly, lu and mumps. Where none is, the method is chosen when the operator is built, from the Jacobian at random
-        inputs: MUMPS, as L D L^T (with pivots, also for indefinite matrices) where it is symmetric, else as LU. Continuous
+        others are preonly, lu and mumps. Where none is, the method is chosen when the operator is built, from the Jacobian at
+        random inputs: MUMPS, as L D L^T (with pivots, also for indefinite matrices) where it is symmetric, else as LU. Continuous
         Lagrange spaces beyond 4e5 unknowns in the plane, 3e4 in space (three times as many where the Jacobian is not symmetric,
         or sees neither inputs nor state) get CG with BoomerAMG where it is symmetric, with GAMG and the rigid body modes where
         the state has also a component for each dimension, else GMRES with BoomerAMG; provided that the diagonal is positive and
@@ -100,6 +101,8 @@ class Solve(BatchedOperator):
         factor_budget: int = 2**30,
         failed: RaiseFailed | MaskFailed | None = None,
     ) -> None:
+        with raise_on_all(pde.comm):
+            instance("failed", failed, RaiseFailed, MaskFailed, type(None))
         super().__init__(pde.space.mesh, pde.inputs, pde.unknown.shape)
         self.pde = pde
         self._equation = StateEquation(pde, petsc_options or {}, factor_budget)
