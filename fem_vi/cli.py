@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import typer
 
 from fem_vi import cli_mesh
@@ -32,3 +35,12 @@ def doctor() -> None:
     report(findings, Console(quiet=findings.rank > 0))
     if any(problem.essential for problem in problems(findings)):
         raise typer.Exit(1)
+
+
+def start() -> None:
+    """Run the command as a program, which ends in silence where its reader does (`fem-vi doctor | head -1`)."""
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    # PETSc, which a command may load later, would take the signal for a crash, and say so at length.
+    os.environ["PETSC_OPTIONS"] = f"{os.environ.get('PETSC_OPTIONS', '')} -no_signal_handler".strip()
+    app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def start(*arguments: str, without: tuple[str, ...] = ()) -> str:
     """Python that runs fem-vi, where the modules of `without` cannot be imported."""
     return (
         f"import sys\nfor name in {without!r}:\n    sys.modules[name] = None\n"
-        f"sys.argv = ['fem-vi', *{arguments!r}]\nfrom fem_vi.cli import app\napp()"
+        f"sys.argv = ['fem-vi', *{arguments!r}]\nfrom fem_vi.cli import start\nstart()"
     )
 
 
@@ -49,11 +50,25 @@ def test_doctor_says_what_is_missing(without: tuple[str, ...], tmp_path: Path) -
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     code = start("--help").replace(
-        "app()", "try:\n    app()\nfinally:\n    print('HEAVY', {'torch', 'dolfinx'} & {*sys.modules})"
+        "start()", "try:\n    start()\nfinally:\n    print('HEAVY', {'torch', 'dolfinx'} & {*sys.modules})"
     )
     done = run_python(code, tmp_path)
     assert "doctor" in done.stdout
     assert "HEAVY set()" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("doctor",), ("mesh", "info", str(REPOSITORY / "meshes" / "aquifer.msh"))])
+def test_is_silent_where_its_reader_has_gone(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", start(*arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with os.fdopen(writer, "wb") as gone:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, stdout=gone, stderr=subprocess.PIPE, text=True, timeout=100, check=False
+        )
+    assert done.returncode == -signal.SIGPIPE
+    assert done.stderr == ""
 
 
 def test_only_rank_zero_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
