@@ -35,7 +35,7 @@ def spline(points: list[tuple[float, float]], ends: dict[tuple[float, float], in
 
 def main() -> None:
     """Write the mesh."""
-    arguments = gmsh_session.options("aquifer", "Aquifer in 2D with a well and a fault.", size=0.045).parse_args()
+    arguments = gmsh_session.options("aquifer", "Aquifer in 2D with a well and a fault.", size=0.045)
     with gmsh_session.model("aquifer"):
         ends: dict[tuple[float, float], int] = {}
         river, east, inflow, west = (spline(points, ends) for points in (RIVER, EAST, INFLOW, WEST))

@@ -12,19 +12,27 @@ import gmsh
 HERE = Path(__file__).resolve().parent
 
 
-def options(name: str, description: str, *, size: float) -> argparse.ArgumentParser:
-    """A parser with the options that all scripts share.
+def options(name: str, description: str, *, size: float) -> argparse.Namespace:
+    """The options that all scripts share, from the command line.
 
     Args:
-        name: Name of the mesh; its file is `meshes/<name>.msh` unless `--out` says otherwise.
+        name: Name of the mesh; without options its script writes `meshes/<name>.msh`.
         description: One line for `--help`.
         size: Default edge length of the largest cells, in the units of the geometry.
+
+    Returns:
+        size, order and out. Another size or order than the default needs `--out`: `meshes/<name>.msh` stays what it is.
     """
+    own = HERE / f"{name}.msh"
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--size", type=float, default=size, help="edge length of the largest cells (default: %(default)s)")
     parser.add_argument("--order", type=int, default=1, choices=[1, 2, 3], help="order of the geometry (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=HERE / f"{name}.msh", help="file to write (default: %(default)s)")
-    return parser
+    parser.add_argument("--out", type=Path, help=f"file to write (default: {own}, for the default size and order alone)")
+    given = parser.parse_args()
+    if given.out is None and (given.size, given.order) != (size, 1):
+        parser.error(f"another size or order needs --out FILE; {own} is the mesh of the default ones")
+    given.out = given.out or own
+    return given
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def profile(size: float) -> int:
 
 def main() -> None:
     """Write the mesh."""
-    arguments = gmsh_session.options("l_bracket", "L-bracket in 3D.", size=0.07).parse_args()
+    arguments = gmsh_session.options("l_bracket", "L-bracket in 3D.", size=0.07)
     with gmsh_session.model("l_bracket"):
         surface = profile(arguments.size)
         # extrude returns the far copy, the volume, then one side for each curve

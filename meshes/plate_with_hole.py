@@ -25,7 +25,7 @@ SIDES = ("right", "top", "left", "bottom")  # counterclockwise from x = +1, as t
 
 def main() -> None:
     """Write the mesh."""
-    arguments = gmsh_session.options("plate_with_hole", "Plate with a hole, quadrilaterals.", size=0.08).parse_args()
+    arguments = gmsh_session.options("plate_with_hole", "Plate with a hole, quadrilaterals.", size=0.08)
     with gmsh_session.model("plate_with_hole"):
         geo = gmsh.model.geo
         middle = geo.addPoint(0.0, 0.0, 0.0)
