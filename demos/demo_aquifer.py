@@ -70,10 +70,34 @@ def aquifer_flow(data: fem_vi.MeshData, degree: int = 1) -> Flow:
     return Flow(fem_vi.WeakForm(F, state=h, inputs=[m], bcs=[river]), V, M)
 
 
-def read_columns(path: Path) -> np.ndarray:
-    """The numbers of a CSV file with one line of names."""
-    with path.open() as file:
-        return np.array([[float(x) for x in row] for row in list(csv.reader(file))[1:] if row])
+def pumping_well(data: fem_vi.MeshData) -> list[float]:
+    """The middle of the facets called well [km]."""
+    x = ufl.SpatialCoordinate(data.mesh)
+    rim = ufl.Measure("ds", data.mesh, subdomain_data=data.facet_tags)(data.facet_tag("well"))
+    length, *moments = (float(fem_vi.Functional(f * rim, [])()) for f in (1, x[0], x[1]))
+    return [moment / length for moment in moments]
+
+
+def read_columns(path: Path, names: str) -> np.ndarray:
+    """The numbers of a CSV file: a line of names, then one number for each of `names` in each line."""
+    rows = []
+    try:
+        lines = list(csv.reader(path.read_text().splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = [float(value) for value in line]
+        except ValueError:
+            row = []
+        is_good = len(row) == len(names.split(",")) and np.isfinite(row).all()
+        if line and is_good == (number == 1):
+            expected = "a line of names" if number == 1 else f"numbers {names}"
+            raise SystemExit(f"{path}, line {number}: expected {expected}; found {','.join(line)}")
+        rows += [row] if is_good else []
+    if not rows:
+        raise SystemExit(f"{path} has no numbers; expected a line of names, then lines of {names}.")
+    return np.array(rows)
 
 
 # ## The posterior
@@ -84,7 +108,7 @@ def main(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     comm = MPI.COMM_WORLD
     data = fem_vi.read_mesh(arguments.mesh, comm)
-    wells = read_columns(arguments.heads)  # x [km], y [km], head [m], standard deviation of its noise [m]
+    wells = read_columns(arguments.heads, "x_km,y_km,head_m,std_m")  # std_m: standard deviation of the head's noise
     flow = aquifer_flow(data)
 
     solve = fem_vi.Solve(flow.pde)
@@ -123,7 +147,8 @@ def main(arguments: argparse.Namespace) -> None:
     table.add_row("wall time", f"{seconds:.0f} s")
     fem_vi.report(comm, diagnosis, table, f"Picture: {arguments.out / 'aquifer.png'}; fields for ParaView beside it.")
 
-    figure = draw(flow.coefficients, {"truth": truth, "mean": mean, "sd": sd}, wells, run, predicted)
+    fields = {"truth": truth, "mean": mean, "sd": sd}
+    figure = draw(flow.coefficients, fields, wells, run, predicted, pumped_at=pumping_well(data))
     fem_vi.save_figure(figure, arguments.out / "aquifer.png", comm)
 
     # ## Check
@@ -141,7 +166,7 @@ def read_truth(path: Path, M: Any) -> torch.Tensor | None:
     """The field behind the data, where it is known, on the nodes of the mesh."""
     if not path.exists():
         return None
-    table = read_columns(path)
+    table = read_columns(path, "x_km,y_km,log_transmissivity")
     at = NearestNDInterpolator(table[:, :2], table[:, 2])
     truth = fem.Function(M)
     truth.interpolate(lambda x: at(x[0], x[1]))
@@ -151,21 +176,31 @@ def read_truth(path: Path, M: Any) -> torch.Tensor | None:
 # ## Picture
 
 
-def draw(M: Any, fields: dict[str, torch.Tensor | None], wells: np.ndarray, run: fem_vi.Run, heads: torch.Tensor) -> plt.Figure:
+def draw(
+    M: Any,
+    fields: dict[str, torch.Tensor | None],
+    wells: np.ndarray,
+    run: fem_vi.Run,
+    heads: torch.Tensor,
+    *,
+    pumped_at: list[float],
+) -> plt.Figure:
     """Truth, mean and standard deviation with the wells; the ELBO; predicted against observed heads."""
     figure = plt.figure(figsize=(13, 6.4), layout="constrained")
     axes = figure.subplot_mosaic([["truth", "mean", "sd"], ["elbo", "heads", "heads"]], height_ratios=[1, 0.9])
     titles = {"truth": "true log-transmissivity", "mean": "posterior mean", "sd": "posterior standard deviation"}
     for name, field in fields.items():
         ax = axes[name]
-        ax.set_title(titles[name])
-        ax.axis("off")
+        ax.set(title=titles[name], xlabel="x [km]", ylabel="y [km]")
+        ax.spines[:].set_visible(False)
         if field is None:
             ax.text(0.5, 0.5, "unknown", ha="center", transform=ax.transAxes)
             continue
         style = {"cmap": "magma", "vmin": 0.0} if name == "sd" else {"cmap": "viridis", "vmin": -1.5, "vmax": 1.5}
         figure.colorbar(fem_vi.plot_field(ax, M, field, **style), ax=ax, shrink=0.75)
-        ax.plot(wells[:, 0], wells[:, 1], "o", mfc="white", mec="black", ms=3.5, mew=0.8)
+        ax.plot(wells[:, 0], wells[:, 1], "o", mfc="white", mec="black", ms=3.5, mew=0.8, label="observed well")
+        ax.plot(*pumped_at, "X", mfc="red", mec="white", ms=7, mew=0.8, label="pumped well")
+    figure.legend(*axes["mean"].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
 
     elbo = np.array([row.elbo for row in run.history])
     axes["elbo"].plot([row.step for row in run.history], elbo, lw=0.8)
