@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,8 @@ def compare(
         statistics.median(b for _, b in pairs),
         statistics.median(b / a for a, b in pairs),
     )
+
+
+def variations(x: np.ndarray, count: int = 3) -> Iterator[np.ndarray]:
+    """The array and some near it, in turn, without end: no two calls in a row have the same input, whose factor is kept."""
+    return itertools.cycle([(1 + 1e-3 * k) * x for k in range(count)])

@@ -9,6 +9,7 @@ import torch
 from torchfem.materials import IsotropicConductivity2D
 from torchfem.planar import PlanarHeat
 
+from tests.benchmarks.compare import variations
 from tests.benchmarks.peers.case import Case
 
 
@@ -24,7 +25,7 @@ def create(case: Case, variant: str) -> Callable[[], tuple[float, np.ndarray]]:
     cells = torch.from_numpy(case.cells.astype(np.int64))
     points, weights = torch.from_numpy(case.rule_points), torch.from_numpy(case.rule_weights)
     data = torch.from_numpy(case.data)
-    m = torch.from_numpy(case.m).requires_grad_()
+    inputs = variations(case.m)
     model = PlanarHeat(torch.from_numpy(case.nodes), cells, IsotropicConductivity2D(torch.ones(len(cells))))
     constraints = torch.zeros(len(case.nodes), 1, dtype=torch.bool)
     constraints[torch.from_numpy(case.boundary)] = True
@@ -32,6 +33,7 @@ def create(case: Case, variant: str) -> Callable[[], tuple[float, np.ndarray]]:
     model.heat_flux = model.integrate_body_load(1.0)
 
     def work() -> tuple[float, np.ndarray]:
+        m = torch.from_numpy(next(inputs)).requires_grad_()
         conductivity = torch.exp(m[cells] @ points.T) @ weights
         model.material = IsotropicConductivity2D(conductivity)
         u = model.solve(method=variant, differentiable_parameters=conductivity)[0]
