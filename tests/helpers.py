@@ -15,6 +15,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 import fem_vi
+from fem_vi.pde.coordinates import Coordinates
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,10 @@ def make_case(
     """
     tensors, weights = [], []
     for k, (what, value) in enumerate(zip(given, values, strict=True)):
-        if isinstance(what, fem.Function):
+        if isinstance(what, Coordinates):
+            tensors.append(owned(what) + interpolated(what.function_space, value, 0.3 + k))
+            weights.append(interpolated(what.function_space, 1.0, 1.9 * k))
+        elif isinstance(what, fem.Function):
             tensors.append(interpolated(what.function_space, value, 0.3 + k))
             weights.append(interpolated(what.function_space, 1.0, 1.9 * k))
         else:
@@ -266,6 +270,18 @@ def helmholtz(comm: MPI.Comm) -> Case:
     return make_case(F, u, [k, m, h], [fem.dirichletbc(h, boundary_dofs(V, left))], [27**0.5, 0.02, 1.0])
 
 
+def moving_mesh(comm: MPI.Comm) -> Case:
+    """Mesh coordinates as an input: convection and diffusion, a Robin side, a normal, a Constant, data h(x)."""
+    msh = square(comm, 3)
+    x, n = fem_vi.coordinates(msh), ufl.FacetNormal(msh)
+    V = fem.functionspace(msh, ("Lagrange", 2))
+    u, m, v = fem.Function(V), fem.Function(fem.functionspace(msh, ("Lagrange", 1)), name="m"), ufl.TestFunction(V)
+    h, rate = fem.Function(V, name="h"), fem.Constant(msh, 0.0)
+    F = ufl.exp(rate * m) * ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx + rate**2 * u.dx(0) * v * ufl.dx - x[0] ** 2 * v * ufl.dx
+    F += (u - ufl.inner(n, ufl.SpatialCoordinate(msh))) * v * ufl.ds
+    return make_case(F, u, [x, m, h, rate], [fem.dirichletbc(h, boundary_dofs(V, left))], [0.02, 0.5, 1.0, 0.8])
+
+
 CASES: dict[str, Callable[[MPI.Comm], Case]] = {
     build.__name__: build
     for build in (
@@ -279,6 +295,7 @@ CASES: dict[str, Callable[[MPI.Comm], Case]] = {
         navier_stokes,
         hyperelasticity,
         helmholtz,
+        moving_mesh,
     )
 }
 

@@ -19,6 +19,7 @@ from fem_vi.bridge.operator import Argument, BatchedOperator, Call
 from fem_vi.errors import InvalidInput, SolveFailed
 from fem_vi.pde.checkpoints import BinomialCheckpoints, Stored
 from fem_vi.pde.clock import check_set_by_evolve, create_clocks
+from fem_vi.pde.coordinates import CoordinateInput
 from fem_vi.pde.factors import Option
 from fem_vi.pde.inputs import Array, Input
 from fem_vi.pde.step import TimeStep, Trajectory
@@ -90,6 +91,10 @@ class Evolve(BatchedOperator):
         factor_budget: int = 2**30,
     ) -> None:
         _check_count("num_steps", num_steps)
+        if any(isinstance(given, CoordinateInput) for given in pde.inputs):
+            raise InvalidInput(
+                "Evolve: the coordinates of the mesh cannot be an input of a time step; Solve and Functional take them."
+            )
         _check_previous(pde, previous)
         clocks = create_clocks(pde, num_steps, time=time, dt=dt, time_steps=time_steps)
         varies = _declared(pde, time_dependent)

@@ -15,7 +15,9 @@ from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.parallel import sum_over_ranks
 from fem_vi.pde.adjoint import FormGradient
 from fem_vi.pde.assemble import ScalarForm
-from fem_vi.pde.inputs import Array, check_list, create_copies
+from fem_vi.pde.coordinates import Coordinates
+from fem_vi.pde.copies import check_list, create_copies
+from fem_vi.pde.inputs import Array
 from fem_vi.pde.quadrature import pin_quadrature
 from fem_vi.pde.tangent import ScalarTangent
 
@@ -51,7 +53,7 @@ class Functional(BatchedOperator):
         check_list("inputs", inputs)
         symbols = [*form.coefficients(), *form.constants()]
         for position, given in enumerate(inputs):
-            if not any(given is symbol for symbol in symbols):
+            if not isinstance(given, Coordinates) and not any(given is symbol for symbol in symbols):
                 raise InvalidInput(f"inputs[{position}] does not occur in the form.")
         copies, self._fixed = create_copies(form, inputs)
         super().__init__(form.ufl_domain().ufl_cargo(), copies, ())

@@ -26,7 +26,9 @@ from fem_vi.bridge.point_values import PointValues
 from fem_vi.bridge.ufl_torch import TorchExpression, derivative_of, lower, terminals
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.parallel import all_values, raise_on_all
-from fem_vi.pde.inputs import ConstantInput, FrozenMesh, FunctionInput, Input, check_list, create_copies
+from fem_vi.pde.coordinates import Coordinates
+from fem_vi.pde.copies import check_list, create_copies
+from fem_vi.pde.inputs import ConstantInput, FrozenMesh, FunctionInput, Input
 from fem_vi.pde.locate import Location
 from fem_vi.pde.points import Outside, find_points
 
@@ -148,6 +150,8 @@ def _mesh_of(symbols: _Symbols) -> Any:
 def _create_given(symbols: _Symbols, inputs: Sequence[fem.Function | fem.Constant]) -> tuple[list[Input], list[Input]]:
     """What varies and what is fixed. Collective."""
     known = [*symbols.coefficients(), *symbols.constants()]
+    if any(isinstance(given, Coordinates) for given in inputs):
+        raise InvalidInput("ExpressionObservation: the coordinates of the mesh cannot be an input; its points are found once.")
     for position, given in enumerate(inputs):
         if not any(given is symbol for symbol in known):
             raise InvalidInput(f"inputs[{position}] does not occur in expr.")

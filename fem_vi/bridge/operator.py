@@ -34,6 +34,7 @@ from torch.autograd import forward_ad
 from fem_vi.bridge.layout import as_numpy
 from fem_vi.errors import InvalidInput, UnsupportedDerivative
 from fem_vi.parallel import all_values, raise_on_all
+from fem_vi.pde.coordinates import CoordinateInput
 from fem_vi.pde.inputs import Array, FrozenMesh
 
 _calls = itertools.count()
@@ -116,6 +117,7 @@ class BatchedOperator(ABC):
         self._inputs = tuple(inputs)
         self._output_shape = output_shape
         self._output_size = math.prod(output_shape)
+        self._moving = [(k, given) for k, given in enumerate(self._inputs) if isinstance(given, CoordinateInput)]
 
     @abstractmethod
     def _forward(self, call: Call, flat: Sequence[Array]) -> Array:
@@ -179,8 +181,10 @@ class BatchedOperator(ABC):
             _check_finite(self._name, inputs, self._inputs)
         self._check_ranks(batch, inputs)
         call = Call(next(_calls), batch, rows, keep)
-        with _one_at_a_time:
-            values = self._forward(call, self._flat(inputs))
+        flat = self._flat(inputs)
+        if self._moving:
+            self._exclusively(self._check_cells, flat)
+        values = self._exclusively(self._forward, call, flat)
         return call, torch.from_numpy(values.reshape((*batch, *self._output_shape)))
 
     def _pull_back(
@@ -190,8 +194,7 @@ class BatchedOperator(ABC):
         self._check_mesh()
         flat = self._flat(inputs)
         grads = [np.zeros(x.shape) if want else None for x, want in zip(flat, wanted, strict=True)]
-        with _one_at_a_time:
-            lam = self._backward(call, flat, self._rows(out), self._rows(g), grads)
+        lam = self._exclusively(self._backward, call, flat, self._rows(out), self._rows(g), grads)
         return (
             torch.from_numpy(lam.reshape(out.shape)),
             [None if row is None else torch.from_numpy(row.reshape(x.shape)) for row, x in zip(grads, inputs, strict=True)],
@@ -200,8 +203,7 @@ class BatchedOperator(ABC):
     def _push_forward(self, call: Call, out: Tensor, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
         """The tangent of the output. Collective."""
         self._check_mesh()
-        with _one_at_a_time:
-            values = self._pushforward(call, self._flat(inputs), self._rows(out), self._flat(tangents))
+        values = self._exclusively(self._pushforward, call, self._flat(inputs), self._rows(out), self._flat(tangents))
         return torch.from_numpy(values.reshape(out.shape))
 
     def _bend(
@@ -213,12 +215,28 @@ class BatchedOperator(ABC):
         grads = [np.zeros(x.shape) for x in flat]
         bend = Bend(self._rows(lam), self._rows(out), self._rows(out_dot), self._flat(tangents))
         at_out = np.zeros_like(bend.out)
-        with _one_at_a_time:
-            self._curvature(call, flat, bend, at_out, grads)
+        self._exclusively(self._curvature, call, flat, bend, at_out, grads)
         return (
             torch.from_numpy(at_out.reshape(out.shape)),
             [torch.from_numpy(row.reshape(x.shape)) for row, x in zip(grads, inputs, strict=True)],
         )
+
+    def _exclusively(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Run what writes to Functions of its own, one thread at a time; a mesh that it moves is moved back."""
+        with _one_at_a_time:
+            try:
+                return work(*args)
+            finally:
+                for _, given in self._moving:
+                    given.restore()
+
+    def _check_cells(self, flat: Sequence[Array]) -> None:
+        """Refuse coordinates that turn cells inside out. Collective."""
+        for position, given in self._moving:
+            for values in flat[position]:
+                given.load(values)
+                with raise_on_all(self.comm):
+                    given.check_cells()
 
     def _call(self, inputs: Sequence[Tensor]) -> Call:
         """The plan of a call whose inputs have been checked; its samples may be differentiated."""

@@ -15,7 +15,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import ufl
 from dolfinx import fem
+from ufl.algebra import Sum
 from ufl.algorithms import expand_derivatives
+from ufl.core.expr import Expr
+from ufl.differentiation import CoordinateDerivative
 
 from fem_vi.errors import UnsupportedForm
 from fem_vi.parallel import sum_over_ranks
@@ -67,14 +70,18 @@ class FormGradient:
 
 def constant_slope(form: ufl.Form, constant: fem.Constant, direction: fem.Constant) -> ufl.Form:
     """The derivative of a form for a Constant in a direction, a Constant of the same shape."""
+    return ufl.Form([integral.reconstruct(_slope(integral.integrand(), constant, direction)) for integral in form.integrals()])
+
+
+def _slope(integrand: Expr, constant: fem.Constant, direction: fem.Constant) -> Expr:
+    """The slope of an integrand. Derivatives for mesh coordinates, which UFL leaves for last, change places with it."""
+    if isinstance(integrand, CoordinateDerivative):
+        inner, *along = integrand.ufl_operands
+        return CoordinateDerivative(_slope(inner, constant, direction), *along)
+    if isinstance(integrand, Sum):
+        return Sum(*(_slope(part, constant, direction) for part in integrand.ufl_operands))
     variable = ufl.variable(constant)
-    replaced = ufl.replace(form, {constant: variable})
-    return ufl.Form(
-        [
-            integral.reconstruct(ufl.inner(ufl.diff(integral.integrand(), variable), direction))
-            for integral in replaced.integrals()
-        ]
-    )
+    return ufl.inner(ufl.diff(ufl.replace(integrand, {constant: variable}), variable), direction)
 
 
 class _ConstantGradient:

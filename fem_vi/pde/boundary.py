@@ -41,7 +41,7 @@ class Source:
         """Current values at `dofs`."""
         if isinstance(self.input, ConstantInput):
             return self.input.symbol.value.reshape(-1)[self.entries]  # type: ignore[no-any-return]
-        return self.input.symbol.x.array[self.entries]  # type: ignore[no-any-return]
+        return self.input.coefficients.array[self.entries]  # type: ignore[no-any-return]
 
     def push(self, given: Array, at_state: Array) -> None:
         """Write the entries of an input, or of a tangent of it, to the owned dofs of the state. Not collective."""

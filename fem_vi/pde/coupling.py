@@ -63,7 +63,7 @@ def constant_matrices(pde: WeakForm) -> dict[int, InputMatrix]:
     """The matrices of those inputs whose dF/dm sees neither the state nor any input, by position. Collective."""
     out = {}
     for position, given in enumerate(pde.inputs):
-        if isinstance(given, FunctionInput) and any(given.symbol is c for c in pde.form.coefficients()):
+        if isinstance(given, FunctionInput) and given.occurs_in(pde.form):
             form = input_matrix_form(pde, position)
             if not (form.empty() or pde.occurs_in(form) or any(pde.state is c for c in form.coefficients())):
                 out[position] = InputMatrix(form)

@@ -13,7 +13,8 @@ import numpy as np
 from petsc4py import PETSc
 
 from fem_vi.parallel import max_over_ranks
-from fem_vi.pde.inputs import Array
+from fem_vi.pde.coordinates import CoordinateInput
+from fem_vi.pde.inputs import Array, FunctionInput, Input
 from fem_vi.pde.matrix import MatrixForm
 from fem_vi.pde.weak_form import WeakForm
 
@@ -117,9 +118,8 @@ def _values_kept(pde: WeakForm) -> Iterator[None]:
             _current(given)[...] = values
 
 
-def _current(given: object) -> Array:
-    symbol = given.symbol  # type: ignore[attr-defined]
-    return symbol.x.array if hasattr(symbol, "x") else symbol.value  # type: ignore[no-any-return]
+def _current(given: Input) -> Array:
+    return given.coefficients.array if isinstance(given, FunctionInput) else given.symbol.value  # type: ignore[no-any-return]
 
 
 def _points(pde: WeakForm) -> list[list[Array]]:
@@ -131,7 +131,12 @@ def _points(pde: WeakForm) -> list[list[Array]]:
     alike, own = np.random.default_rng(SEED), np.random.default_rng((SEED, pde.comm.rank))
 
     def draw(low: float, high: float) -> list[Array]:
-        return [(own if given.is_field else alike).uniform(low, high, given.size) for given in (pde.unknown, *pde.inputs)]
+        return [
+            given.coefficients.owned.copy()  # the mesh as it is
+            if isinstance(given, CoordinateInput)
+            else (own if given.is_field else alike).uniform(low, high, given.size)
+            for given in (pde.unknown, *pde.inputs)
+        ]
 
     points = [draw(-1.0, 1.0), draw(0.7, 1.3)]
     if not pde.is_linear:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,7 @@ class FunctionInput:
         self.given = given
         self.label = label
         self.space = given.function_space
-        self.symbol = fem.Function(self.space, name=given.name)
+        self.symbol: Any = fem.Function(self.space, name=given.name)
         self.symbol.x.array[:] = given.x.array
         self.shape: tuple[int, ...] = (local_size(self.space)[0],)
         self.size = self.shape[0]
@@ -64,6 +63,10 @@ class FunctionInput:
     def load(self, values: Array) -> None:
         """Set the owned coefficients. Collective."""
         self.coefficients.load(values)
+
+    def occurs_in(self, form: ufl.Form) -> bool:
+        """Whether a form contains it."""
+        return any(self.symbol is symbol for symbol in form.coefficients())
 
     def changed(self) -> bool:
         """Whether the caller's Function differs from what it was when the copy was made."""
@@ -108,6 +111,10 @@ class ConstantInput:
         """Set the entries. Not collective."""
         self.symbol.value[...] = values.reshape(self.shape)
 
+    def occurs_in(self, form: ufl.Form) -> bool:
+        """Whether a form contains it."""
+        return any(self.symbol is symbol for symbol in form.constants())
+
     def changed(self) -> bool:
         """Whether the caller's Constant differs from what it was when the copy was made."""
         return not np.array_equal(self.given.value, self._frozen, equal_nan=True)
@@ -135,61 +142,3 @@ def create_function_input(given: fem.Function, label: str) -> FunctionInput:
     if given.x.array.dtype != np.float64:
         raise InvalidInput(f"{label} has dtype {given.x.array.dtype}; fem_vi works in float64 with real numbers.")
     return FunctionInput(given, label)
-
-
-def create_input(given: object, label: str) -> Input:
-    """The private copy of a Function or Constant.
-
-    Args:
-        given: `dolfinx.fem.Function` or `dolfinx.fem.Constant`, real, double precision.
-        label: How error messages call it.
-
-    Raises:
-        InvalidInput: For anything else.
-    """
-    if isinstance(given, fem.Function):
-        return create_function_input(given, label)
-    if isinstance(given, fem.Constant):
-        if np.iscomplexobj(given.value):
-            raise InvalidInput(f"{label} is complex; fem_vi works with real numbers.")
-        return ConstantInput(given, label)
-    raise InvalidInput(
-        f"{label} is a {type(given).__name__}; it must be a dolfinx.fem.Function or dolfinx.fem.Constant that occurs in the form "
-        "or is the value of a Dirichlet condition."
-    )
-
-
-def check_list(name: str, given: object) -> None:
-    """Refuse a single object where several are expected. Not collective.
-
-    Raises:
-        InvalidInput: For anything but a list or tuple.
-    """
-    if not isinstance(given, list | tuple):
-        raise InvalidInput(f"{name} is a {type(given).__name__}; it must be a list, {name}=[...], also of one or none.")
-
-
-def create_copies(form: ufl.Form, inputs: Sequence[object], *, besides: Sequence[object] = ()) -> tuple[list[Input], list[Input]]:
-    """Private copies of everything in a form: of the listed inputs, and of the rest, which stays fixed.
-
-    Args:
-        form: UFL form.
-        inputs: The caller's Functions and Constants that vary.
-        besides: What needs no copy.
-
-    Returns:
-        Copies of the inputs, in order, and of the other coefficients and Constants of the form.
-
-    Raises:
-        InvalidInput: Where an input is of the wrong kind or listed twice.
-    """
-    for position, given in enumerate(inputs):
-        if any(given is other for other in inputs[:position]):
-            raise InvalidInput(f"inputs[{position}] is listed twice.")
-    varying = [
-        create_input(given, f"inputs[{k}] ({given.name})" if isinstance(given, fem.Function) else f"inputs[{k}]")
-        for k, given in enumerate(inputs)
-    ]
-    known = [*inputs, *besides]
-    others = [symbol for symbol in (*form.coefficients(), *form.constants()) if not any(symbol is k for k in known)]
-    return varying, [create_input(symbol, f"the {type(symbol).__name__} '{symbol}' of the form") for symbol in others]

@@ -65,14 +65,18 @@ class Tangent:
     """
 
     def __init__(self, form: ufl.Form, inputs: Sequence[Input]) -> None:
-        symbols = [*form.coefficients(), *form.constants()]
+        self._inputs = tuple(inputs)
         self._directions = [Direction(given) for given in inputs]
+        self.form = self.derivative(form)
+
+    def derivative(self, form: ufl.Form) -> ufl.Form:
+        """T of another form of the same inputs, in the same direction."""
         parts = [
             direction.derivative(form)
-            for given, direction in zip(inputs, self._directions, strict=True)
-            if any(given.symbol is symbol for symbol in symbols)
+            for given, direction in zip(self._inputs, self._directions, strict=True)
+            if given.occurs_in(form)
         ]
-        self.form: ufl.Form = expand_derivatives(sum(parts, ufl.Form([])))
+        return expand_derivatives(sum(parts, ufl.Form([])))
 
     def load(self, directions: Sequence[Array]) -> None:
         """Set dx: for each input the owned coefficients, or the entries. Collective."""
@@ -119,7 +123,7 @@ class ResidualTangent:
         self._vector = create_vector_form(self._tangent.form, pde.unknown.size)
         lam = fem.Function(pde.space)
         self._lam = Coefficients(lam)
-        self._gradient = FormGradient(ufl.replace(self._tangent.form, {pde.test: lam}), given)
+        self._gradient = FormGradient(self._tangent.derivative(ufl.replace(pde.form, {pde.test: lam})), given)
 
     def load(self, du: Array, dm: Sequence[Array]) -> None:
         """Set the direction: owned coefficients of du, and for each input owned coefficients or entries. Collective."""

@@ -10,7 +10,8 @@ from ufl.algorithms import expand_derivatives
 
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde.boundary import Boundary
-from fem_vi.pde.inputs import check_list, create_copies, create_function_input
+from fem_vi.pde.copies import check_list, create_copies
+from fem_vi.pde.inputs import create_function_input
 from fem_vi.pde.quadrature import pin_quadrature
 
 
@@ -78,20 +79,18 @@ class WeakForm:
         self.is_linear = not any(self.state is c for c in self.jacobian.coefficients())
 
     def _check_occurrence(self) -> None:
-        symbols = [*self.form.coefficients(), *self.form.constants()]
         on_boundary = {source.position for source in self.boundary.sources}
         for position, given in enumerate(self.inputs):
-            if position not in on_boundary and not any(given.symbol is symbol for symbol in symbols):
+            if position not in on_boundary and not given.occurs_in(self.form):
                 raise InvalidInput(f"{given.label} occurs neither in the form nor as the value of a Dirichlet condition.")
-        if not any(self.state is symbol for symbol in symbols):
+        if not self.unknown.occurs_in(self.form):
             raise InvalidInput(
                 "The state does not occur in the form; use the Function passed as state in place of a TrialFunction."
             )
 
     def occurs_in(self, form: ufl.Form) -> tuple[int, ...]:
         """Positions of the inputs that occur in a form derived from this one."""
-        symbols = [*form.coefficients(), *form.constants()]
-        return tuple(k for k, given in enumerate(self.inputs) if any(given.symbol is symbol for symbol in symbols))
+        return tuple(k for k, given in enumerate(self.inputs) if given.occurs_in(form))
 
     def with_inputs(self, *others: fem.Function | fem.Constant) -> WeakForm:
         """The same PDE, on copies of its own, where `others` vary too; they come after the inputs. Collective."""

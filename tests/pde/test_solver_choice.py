@@ -25,7 +25,7 @@ COMM = MPI.COMM_WORLD
 LDLT = {"ksp_type": "preonly", "pc_type": "cholesky", "pc_factor_mat_solver_type": "mumps"}
 LU = {**LDLT, "pc_type": "lu"}
 GMRES = {"ksp_type": "gmres", "pc_type": "hypre", "ksp_rtol": 1e-10}
-WITHOUT_SYMMETRY = ("reaction", "navier_stokes")
+WITHOUT_SYMMETRY = ("reaction", "navier_stokes", "moving_mesh")
 SYMMETRIC = {name: name not in WITHOUT_SYMMETRY for name in CASES}
 
 
