@@ -72,7 +72,7 @@ class Solve(BatchedOperator):
         Lagrange spaces beyond 4e5 unknowns in the plane, 3e4 in space (three times as many where the Jacobian is not symmetric,
         or sees neither inputs nor state) get CG with BoomerAMG where it is symmetric, with GAMG and the rigid body modes where
         the state has also a component for each dimension, else GMRES with BoomerAMG; provided that the diagonal is positive and
-        that this solves a trial system in 100 iterations.
+        that this solves a trial system in 100 iterations. A GAMG that you ask for is told the rigid body modes too.
 
     Call:
         `solve(*inputs)`, in the order of `WeakForm(inputs=[...])`: `(*batch, n_owned)` for a Function, replicated
