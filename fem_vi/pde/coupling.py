@@ -39,6 +39,10 @@ class InputMatrix:
             self._matrix.assemble()
             self._key = key
 
+    def is_assembled(self, key: Hashable) -> bool:
+        """Whether C has been assembled for this key last."""
+        return key == self._key
+
     def multiply(self, values: Array) -> Array:
         """C m, owned entries in the space of the state: a view, valid until the next product. Collective."""
         self._x.array_w[:] = values
@@ -97,6 +101,15 @@ class Coupling(InputMatrix):
         self._rest: VectorForm | ZeroVector = create_vector_form(rest, pde.unknown.size)
         self._rest_key: Hashable = None
         self._rest_values: Array | None = None
+
+    @property
+    def rest_is_zero(self) -> bool:
+        """Whether c vanishes whatever is loaded."""
+        return isinstance(self._rest, ZeroVector)
+
+    def keeps_rest(self, key: Hashable | None) -> bool:
+        """Whether c is known for this key."""
+        return self.rest_is_zero or (key is not None and key == self._rest_key and self._rest_values is not None)
 
     def rest(self, key: Hashable | None) -> Array:
         """c at what is loaded, owned entries; not assembled again for the key of the last call. Collective."""

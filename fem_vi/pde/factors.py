@@ -124,7 +124,7 @@ class Factor:
     def solve(self, b: Array, *, transposed: bool) -> Array:
         """Solve J x = b, or J^T x = b.
 
-        The right-hand side is scaled by its norm first, so that the solver's tolerances are relative.
+        For an iterative method the right-hand side is scaled by its norm first, so that the tolerances are relative.
 
         Args:
             b: Owned entries, `(n_owned,)`.
@@ -144,7 +144,9 @@ class Factor:
             return np.zeros_like(b)
         if not np.isfinite(norm):
             raise SolveFailed("the right-hand side is not finite")
-        self._b.scale(1.0 / norm)
+        scale = 1.0 if self._direct else norm
+        if scale != 1.0:
+            self._b.scale(1.0 / scale)
         if not transposed or self._symmetric:
             ksp = self._run(self.ksp, self.ksp.solve)
         elif self._transposes:
@@ -152,9 +154,9 @@ class Factor:
         else:
             other = self._transposed_solver()
             ksp = self._run(other, other.solve)
-        self._check(ksp, transposed)
+        self._check(ksp, transposed, norm / scale)
         self._sound = True
-        return self._x.array_r * norm  # type: ignore[no-any-return]
+        return self._x.array_r * scale if scale != 1.0 else self._x.array_r.copy()  # type: ignore[no-any-return]
 
     def solve_many(self, rows: Array, *, transposed: bool) -> tuple[Array, dict[int, SolveFailed]]:
         """Solve for several right-hand sides: with a direct method all at once, with any other one by one.
@@ -259,8 +261,14 @@ class Factor:
             self._transpose_is_old = False
         return self._transpose_ksp
 
-    def _check(self, ksp: PETSc.KSP, transposed: bool) -> None:
-        """Trust the solver's word, and then the true residual: a wrong answer must not pass for a converged one."""
+    def _check(self, ksp: PETSc.KSP, transposed: bool, norm: float) -> None:
+        """Trust the solver's word, and then the true residual: a wrong answer must not pass for a converged one.
+
+        Args:
+            ksp: The solver.
+            transposed: Whether it was J^T that it solved with.
+            norm: The norm of the right-hand side.
+        """
         reason = ksp.getConvergedReason()
         if reason <= 0:
             raise SolveFailed(
@@ -271,7 +279,7 @@ class Factor:
             return
         (self.matrix.multTranspose if transposed else self.matrix.mult)(self._x, self._residual)
         self._residual.axpy(-1.0, self._b)
-        size = self._residual.norm()
+        size = self._residual.norm() / norm
         if not size <= (RESIDUAL_BOUND if self._direct else max(RESIDUAL_BOUND, 1e3 * ksp.getTolerances()[0])):
             raise SolveFailed(_weak(size))
 
@@ -369,6 +377,10 @@ class FactorPool:
             self._factors.move_to_end(key)
         factor.released = False
         return factor
+
+    def keeps(self, key: Hashable) -> bool:
+        """Whether the factor of a key is kept. Not collective."""
+        return key in self._factors
 
     def release(self, key: Hashable) -> None:
         """Say that a key will probably not be asked for again. Not collective."""

@@ -166,6 +166,10 @@ class StateEquation:
         MPI: Collective.
         """
         self.load(values, u)
+        return self.solve_transposed(g, key)
+
+    def solve_transposed(self, g: Array, key: Hashable) -> Array:
+        """`solve_adjoint` where inputs and state are loaded, or the Jacobian is kept (see `FactorPool.keeps`). Collective."""
         right = g.copy()
         right[self.pde.boundary.owned] = 0.0
         return self.factors.get(key).solve(right, transposed=True)

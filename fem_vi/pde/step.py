@@ -130,14 +130,18 @@ class TimeStep:
         """
         key = self._key(given, step)
         old, new = states
+        by_matrix = self._coupling is not None and all(row is None for row in rows)
+        if not (by_matrix and self._equation.factors.keeps(key) and self._coupling_is_assembled(given, step)):
+            self._equation.load(self._values(given, step, old), new)
         try:
-            lam = self._equation.solve_adjoint(self._values(given, step, old), new, g, key)
+            lam = self._equation.solve_transposed(g, key)
         except SolveFailed as error:
             raise SolveFailed(f"adjoint: {error}") from error
-        self._vjp.load(lam)
         g_old = np.zeros_like(g)
-        at_previous = None if self._coupling is not None else g_old
-        self._vjp.add_implicit(g, [*self._at(step, rows), at_previous, *(None for _ in self._clocks)])
+        if not by_matrix:
+            self._vjp.load(lam)
+            at_previous = None if self._coupling is not None else g_old
+            self._vjp.add_implicit(g, [*self._at(step, rows), at_previous, *(None for _ in self._clocks)])
         if self._coupling is not None:
             self._coupling.assemble(self._parts(given, step, self._coupling_inputs))
             np.negative(self._coupling.multiply_transposed(lam), out=g_old)
@@ -155,13 +159,21 @@ class TimeStep:
     def _solve_by_matrix(self, given: Trajectory, step: int, values: Sequence[Array], key: Hashable) -> Array:
         """J u_new = -(C u_old + c), where all prescribed values are zero."""
         assert self._coupling is not None
-        self._equation.load(values)
-        self._coupling.assemble(self._parts(given, step, self._coupling_inputs))
         steady = all(self._is_steady(k) for k in self._coupling.rest_inputs)
-        c = self._coupling.rest(self._parts(given, step, self._coupling.rest_inputs) if steady else None)
-        b = -self._coupling.multiply(values[self._previous]) - c
+        rest_key = self._parts(given, step, self._coupling.rest_inputs) if steady else None
+        kept = self._coupling_is_assembled(given, step) and self._coupling.keeps_rest(rest_key)
+        if not (kept and self._equation.factors.keeps(key)):
+            self._equation.load(values)
+        self._coupling.assemble(self._parts(given, step, self._coupling_inputs))
+        b = -self._coupling.multiply(values[self._previous])
+        if not self._coupling.rest_is_zero:
+            b -= self._coupling.rest(rest_key)
         b[self.pde.boundary.owned] = 0.0
         return self._equation.solve_linear(b, key)
+
+    def _coupling_is_assembled(self, given: Trajectory, step: int) -> bool:
+        assert self._coupling is not None
+        return self._coupling.is_assembled(self._parts(given, step, self._coupling_inputs))
 
     def _no_step(self, k: int) -> bool:
         """Whether an input is a clock or the same in all steps."""
