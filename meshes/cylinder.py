@@ -25,9 +25,7 @@ CENTRE, RADIUS = (0.2, 0.2), 0.05
 
 def main() -> None:
     """Write the mesh."""
-    parser = gmsh_session.options("cylinder", "Channel with a cylinder in it.", size=0.08)
-    parser.set_defaults(order=2)
-    arguments = parser.parse_args()
+    arguments = gmsh_session.options("cylinder", "Channel with a cylinder in it.", size=0.08, order=2)
     with gmsh_session.model("cylinder"):
         geo = gmsh.model.geo
         corners = [geo.addPoint(x, y, 0.0) for x, y in ((0.0, 0.0), (LENGTH, 0.0), (LENGTH, HEIGHT), (0.0, HEIGHT))]

@@ -12,13 +12,14 @@ import gmsh
 HERE = Path(__file__).resolve().parent
 
 
-def options(name: str, description: str, *, size: float) -> argparse.Namespace:
+def options(name: str, description: str, *, size: float, order: int = 1) -> argparse.Namespace:
     """The options that all scripts share, from the command line.
 
     Args:
         name: Name of the mesh; without options its script writes `meshes/<name>.msh`.
         description: One line for `--help`.
         size: Default edge length of the largest cells, in the units of the geometry.
+        order: Default order of the geometry.
 
     Returns:
         size, order and out. Another size or order than the default needs `--out`: `meshes/<name>.msh` stays what it is.
@@ -26,10 +27,10 @@ def options(name: str, description: str, *, size: float) -> argparse.Namespace:
     own = HERE / f"{name}.msh"
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--size", type=float, default=size, help="edge length of the largest cells (default: %(default)s)")
-    parser.add_argument("--order", type=int, default=1, choices=[1, 2, 3], help="order of the geometry (default: %(default)s)")
+    parser.add_argument("--order", type=int, default=order, choices=[1, 2, 3], help="geometric order (default: %(default)s)")
     parser.add_argument("--out", type=Path, help=f"file to write (default: {own}, for the default size and order alone)")
     given = parser.parse_args()
-    if given.out is None and (given.size, given.order) != (size, 1):
+    if given.out is None and (given.size, given.order) != (size, order):
         parser.error(f"another size or order needs --out FILE; {own} is the mesh of the default ones")
     given.out = given.out or own
     return given
