@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fem_vi
 from tests.bridge.evolve_cases import NUM_STEPS, TIME_CASES, TimeCase, interval_modes
-from tests.helpers import boundary_dofs, everywhere
+from tests.helpers import boundary_dofs, everywhere, owned, taylor_hood
 
 COMM = MPI.COMM_WORLD
 every_case = pytest.mark.parametrize("build", TIME_CASES.values(), ids=TIME_CASES.keys())
@@ -89,6 +89,52 @@ def test_time_is_that_of_the_new_state() -> None:
     out = uneven(torch.zeros(3, dtype=torch.float64))
     assert torch.allclose(out[:, 0], torch.tensor([0.0, 9.0, 9.0 + 0.5 * 3.5**2], dtype=torch.float64))
     assert (float(t.value), float(dt.value)) == (2.0, 0.25)
+
+
+def swirl(theta: float, num_steps: int) -> float:
+    """The L2 error at t = 1 of Navier-Stokes by the theta scheme, for u = g (y^2, x^2), p = g (x + y), g = exp(sin(2 t)).
+
+    Taylor-Hood elements hold this u and p, so that all of the error is that of the scheme in time.
+    """
+    msh = mesh.create_unit_square(COMM, 2, 2)
+    W = taylor_hood(msh)
+    w, w_n, (v, q) = fem.Function(W), fem.Function(W), ufl.TestFunctions(W)
+    (u, p), (u_n, _) = ufl.split(w), ufl.split(w_n)
+    V, _ = W.sub(0).collapse()
+    h, t, dt = fem.Function(V), fem.Constant(msh, 0.0), fem.Constant(msh, 1.0)
+    x, normal, nu = ufl.SpatialCoordinate(msh), ufl.FacetNormal(msh), 0.3
+    shape, pressure = ufl.as_vector([x[1] ** 2, x[0] ** 2]), x[0] + x[1]
+
+    def terms(z: Any, time: Any) -> ufl.Form:
+        """What stands beside du/dt, without the unknown pressure: inertia, viscosity, force and traction at a time."""
+        g = ufl.exp(ufl.sin(2 * time))
+        force = 2 * ufl.cos(2 * time) * g * shape - nu * g * ufl.div(ufl.grad(shape))
+        force += g**2 * ufl.dot(ufl.grad(shape), shape) + g * ufl.grad(pressure)
+        traction = g * (nu * ufl.dot(ufl.grad(shape), normal) - pressure * normal)
+        inner = ufl.inner(ufl.dot(ufl.grad(z), z) - force, v) + nu * ufl.inner(ufl.grad(z), ufl.grad(v))
+        return inner * ufl.dx - ufl.inner(traction, v) * ufl.ds
+
+    F = ufl.inner((u - u_n) / dt, v) * ufl.dx + theta * terms(u, t) + (1 - theta) * terms(u_n, t - dt)
+    F -= (p * ufl.div(v) + q * ufl.div(u)) * ufl.dx
+    bc = fem.dirichletbc(h, boundary_dofs(W.sub(0), lambda x: x[0] < 0.99, V), W.sub(0))
+    pde = fem_vi.WeakForm(F, state=w, inputs=[h], bcs=[bc])
+    evolve = fem_vi.Evolve(
+        pde, previous=w_n, num_steps=num_steps, time=t, dt=dt, time_steps=1 / num_steps, time_dependent=[h], save=[-1]
+    )
+    h.interpolate(lambda x: np.stack([x[1] ** 2, x[0] ** 2]))
+    w_n.sub(0).interpolate(h)
+    growth = torch.exp(torch.sin(2 * torch.linspace(0.0, 1.0, num_steps + 1, dtype=torch.float64)))
+    final = evolve(owned(w_n), growth[1:, None] * owned(h))
+    difference = u - float(growth[-1]) * shape
+    return float(fem_vi.Functional(ufl.inner(difference, difference) * ufl.dx, [w])(final)) ** 0.5
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("theta", "order"), [(1.0, 1), (0.5, 2)], ids=["backward_euler", "crank_nicolson"])
+def test_order_in_time_of_navier_stokes(theta: float, order: int) -> None:
+    errors = [swirl(theta, num_steps) for num_steps in (8, 16, 32)]
+    rates = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    assert np.all(np.abs(rates - order) < 0.15), (errors, rates)
 
 
 def test_midpoint_rule_keeps_the_energy_of_the_wave() -> None:
