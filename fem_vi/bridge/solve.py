@@ -188,14 +188,23 @@ class Solve(BatchedOperator):
         self._mask_gradients(call, out, g, grads)
         for group in reversed(self._alive(call, flat, out)):  # the factor used last is the one surely kept
             lam[group.samples] = self._adjoint(call, group, out, g)
-            for sample, values in zip(group.samples, group.values, strict=True):
-                self._equation.load(values, out[sample])
-                self._vjp.load(lam[sample])
-                rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
-                self._vjp.add_implicit(g[sample], rows)
+            left = list(grads)
+            if len(group.samples) > 1:
+                left = self._vjp.add_products(lam[group.samples], [rows[group.samples] for rows in call.rows], grads)
+            if any(grad is not None for grad in left):
+                self._add_gradients(call, group, (out, g, lam), left)
             if group.key is not None:
                 self._equation.factors.release(group.key)
         return lam
+
+    def _add_gradients(self, call: Call, group: _Group, at: tuple[Array, Array, Array], grads: Sequence[Array | None]) -> None:
+        """Add each sample's gradients; `at` holds states, cotangents and lam of all samples."""
+        out, g, lam = at
+        for sample, values in zip(group.samples, group.values, strict=True):
+            self._equation.load(values, out[sample])
+            self._vjp.load(lam[sample])
+            rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
+            self._vjp.add_implicit(g[sample], rows)
 
     def _dead(self, out: Array) -> NDArray[np.bool_]:
         """Which samples failed. Collective where failures are masked."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import ufl
 from dolfinx import fem
+from numpy.typing import NDArray
 from ufl.algebra import Sum
 from ufl.algorithms import expand_derivatives
 from ufl.core.expr import Expr
@@ -140,6 +141,27 @@ class ResidualVjp:
         if position in self._matrices:
             return self._matrices[position].multiply_transposed(self._lam.owned)
         return self._gradient.assemble(1 + position)
+
+    def add_products(self, lam: Array, rows: Sequence[NDArray[np.intp]], grads: Sequence[Array | None]) -> list[Array | None]:
+        """Add -lam^T dF/dm to the gradients of the inputs that enter by a constant matrix, for several lam at once.
+
+        Args:
+            lam: `(num_samples, n_owned)`.
+            rows: For each input, the row of its gradient that each sample adds to.
+            grads: For each input, its gradient; None where it is not wanted.
+
+        Returns:
+            The gradients that `add_implicit` has still to add to.
+
+        MPI: Collective.
+        """
+        prescribed = {source.position for source in self.pde.boundary.sources}
+        left = list(grads)
+        for position in self._matrices.keys() - prescribed:
+            grad, left[position] = left[position], None
+            if grad is not None:
+                np.subtract.at(grad, rows[position], self._matrices[position].multiply_rows_transposed(lam))
+        return left
 
     def add_implicit(self, g: Array, rows: Sequence[Array | None]) -> None:
         """Add dL/dm of each input, for the u with F(u, m) = 0, a cotangent g = dL/du, and lam = (dF/du)^-T g.

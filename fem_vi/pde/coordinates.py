@@ -83,6 +83,10 @@ class CoordinateInput(FunctionInput):
         gdim = self.space.mesh.geometry.dim
         self._positions[self._nodes, :gdim] = self.coefficients.array.reshape(-1, gdim)
 
+    def at_first(self) -> Array:
+        """Owned coordinates of the mesh where it stands while no operator works, `(n_owned,)`."""
+        return self._at_first[self._nodes, : self.space.mesh.geometry.dim].ravel()[: self.size]
+
     def restore(self) -> None:
         """Move the mesh back. Not collective."""
         self._positions[:] = self._at_first

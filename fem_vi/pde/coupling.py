@@ -14,6 +14,7 @@ from dolfinx import fem
 from ufl.algorithms import expand_derivatives
 
 from fem_vi.pde.assemble import VectorForm, ZeroVector, create_vector_form
+from fem_vi.pde.dense_block import DenseBlock
 from fem_vi.pde.inputs import Array, FunctionInput
 from fem_vi.pde.matrix import MatrixForm
 from fem_vi.pde.weak_form import WeakForm
@@ -32,6 +33,7 @@ class InputMatrix:
         self._matrix = MatrixForm(form).create_matrix()
         self._x, self._y = self._matrix.petsc.createVecs()
         self._key: Hashable = None
+        self._block: DenseBlock | None = None
 
     def assemble(self, key: Hashable) -> None:
         """Assemble C, unless it has been assembled for this key. Collective."""
@@ -48,6 +50,25 @@ class InputMatrix:
         self._x.array_w[:] = values
         self._matrix.petsc.mult(self._x, self._y)
         return self._y.array_r  # type: ignore[no-any-return]
+
+    def multiply_rows(self, rows: Array) -> Array:
+        """C m for each row, `(width, n_owned)`: a view, valid until the next product. Collective."""
+        block = self._block_of(len(rows))
+        block.set_left(rows)
+        self._matrix.petsc.matMult(block.x, block.b)
+        return block.right
+
+    def multiply_rows_transposed(self, rows: Array) -> Array:
+        """C^T lam for each row, `(width, n_owned)`: a view, valid until the next product. Collective."""
+        block = self._block_of(len(rows))
+        block.set_right(rows)
+        self._matrix.petsc.transposeMatMult(block.b, block.x)
+        return block.left
+
+    def _block_of(self, width: int) -> DenseBlock:
+        if self._block is None or self._block.width != width:
+            self._block = DenseBlock(self._matrix.petsc, width)
+        return self._block
 
     def multiply_transposed(self, lam: Array) -> Array:
         """C^T lam, owned entries in the space of the input: a view, valid until the next product. Collective."""

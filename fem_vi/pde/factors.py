@@ -17,9 +17,10 @@ import ufl
 from petsc4py import PETSc
 
 from fem_vi.errors import InvalidInput, SolveFailed
-from fem_vi.parallel import max_over_ranks, sum_over_ranks
+from fem_vi.parallel import max_over_ranks
 from fem_vi.pde import _compat
 from fem_vi.pde.boundary import Boundary
+from fem_vi.pde.dense_block import DenseBlock
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.matrix import Matrix, MatrixForm
 
@@ -98,7 +99,7 @@ class Factor:
         released: Whether the holder of its key has said that it will probably not come back.
     """
 
-    def __init__(self, assembled: Matrix, options: Options) -> None:
+    def __init__(self, assembled: Matrix, options: Options, *, is_symmetric: bool) -> None:
         self.released = True
         self.assembled = assembled
         self.matrix = matrix = assembled.petsc
@@ -113,9 +114,10 @@ class Factor:
         self._direct = method == "preonly"
         self._symmetric = method in ("cg", "minres", "symmlq", "pipecg") or preconditioner in ("cholesky", "icc")
         self._transposes = preconditioner == "lu"
+        self._suits = preconditioner == "lu" or (preconditioner == "cholesky" and is_symmetric)
         self._x, self._b = matrix.createVecs()
         self._residual = self._b.duplicate()
-        self._block: _Block | None = None
+        self._block: DenseBlock | None = None
         self._prefix = options.prefix
         self._transpose: PETSc.Mat | None = None
         self._transpose_is_old = True
@@ -185,10 +187,9 @@ class Factor:
     def _solve_block(self, rows: Array, first: int, transposed: bool) -> tuple[Array, dict[int, SolveFailed]]:
         """One block of right-hand sides at once; systems are numbered from `first`."""
         if self._block is None or self._block.width != len(rows):
-            self._block = _Block(self.matrix, len(rows))
+            self._block = DenseBlock(self.matrix, len(rows))
         block = self._block
-        block.right[:] = rows
-        block.stamp()
+        block.set_right(rows)
         solve = self.ksp.matSolveTranspose if transposed and not self._symmetric else self.ksp.matSolve
         try:
             solve(block.b, block.x)
@@ -198,7 +199,7 @@ class Factor:
             return block.left, dict.fromkeys(range(first, first + len(rows)), failed)
         return block.left.copy(), self._doubts(block, first, transposed)
 
-    def _doubts(self, block: _Block, first: int, transposed: bool) -> dict[int, SolveFailed]:
+    def _doubts(self, block: DenseBlock, first: int, transposed: bool) -> dict[int, SolveFailed]:
         """Check a random combination of the systems of a block and, where that is wrong, each of them."""
         if self._trusted():
             return {}
@@ -221,8 +222,8 @@ class Factor:
         return float(self._residual.norm())
 
     def _trusted(self) -> bool:
-        """LU factors that have solved one system solve any; Cholesky's need a symmetric matrix too."""
-        return self._direct and self._transposes and self._sound
+        """Factors that have solved one system solve any: those of LU, and those of Cholesky where the matrix is symmetric."""
+        return self._direct and self._suits and self._sound
 
     def rebuild(self) -> None:
         """Assemble the matrix at what is loaded and factorise it. Collective."""
@@ -305,31 +306,6 @@ def _weak(size: float) -> str:
     )
 
 
-class _Block:
-    """Several right-hand sides and their solutions as dense PETSc matrices.
-
-    PETSc's dense (n, width), column by column, is NumPy's (width, n), row by row: both look at the same memory.
-    """
-
-    def __init__(self, matrix: PETSc.Mat, width: int) -> None:
-        (local, total), _ = matrix.getSizes()
-        self.width = width
-        self.right, self.left = np.zeros((width, local)), np.zeros((width, local))
-        self.b, self.x = (
-            PETSc.Mat().createDense(((local, total), width), array=rows.T, comm=matrix.comm) for rows in (self.right, self.left)
-        )
-        self._comm = matrix.comm.tompi4py()
-
-    def stamp(self) -> None:
-        """Tell PETSc that the right-hand sides have been written to."""
-        self.b.stateIncrease()
-
-    def scales(self) -> Array:
-        """One over the norm of each right-hand side (one where that is zero), replicated. Collective."""
-        norms = np.sqrt(sum_over_ranks(self._comm, np.einsum("ij,ij->i", self.right, self.right)))
-        return 1.0 / np.where(norms > 0.0, norms, 1.0)
-
-
 class FactorPool:
     """Factors of one operator's Jacobian at several linearisation points, within a memory budget.
 
@@ -342,6 +318,7 @@ class FactorPool:
         options: PETSc options.
         budget: Bytes, per rank; one factor is kept whatever its size.
         prepare: What to do with each new matrix.
+        is_symmetric: Whether the Jacobian is known to be symmetric wherever it is taken.
     """
 
     def __init__(
@@ -352,8 +329,10 @@ class FactorPool:
         budget: int,
         *,
         prepare: Callable[[PETSc.Mat], None] = lambda matrix: None,
+        is_symmetric: bool = False,
     ) -> None:
         self._prepare = prepare
+        self._is_symmetric = is_symmetric
         self._form = MatrixForm(form, boundary.bcs)
         self._options = options
         self._budget = budget
@@ -413,5 +392,5 @@ class FactorPool:
         elif oldest is not None and (oldest.released or len(self._factors) >= self._capacity):
             _, factor = self._factors.popitem(last=False)
         else:
-            factor = Factor(self.create_matrix(), self._options)
+            factor = Factor(self.create_matrix(), self._options, is_symmetric=self._is_symmetric)
         return factor

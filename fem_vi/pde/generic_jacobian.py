@@ -116,6 +116,8 @@ def _values_kept(pde: WeakForm) -> Iterator[None]:
     finally:
         for given, values in kept:
             _current(given)[...] = values
+            if isinstance(given, CoordinateInput):
+                given.restore()
 
 
 def _current(given: Input) -> Array:
@@ -132,7 +134,7 @@ def _points(pde: WeakForm) -> list[list[Array]]:
 
     def draw(low: float, high: float) -> list[Array]:
         return [
-            given.coefficients.owned.copy()  # the mesh as it is
+            given.at_first()  # the mesh as it is
             if isinstance(given, CoordinateInput)
             else (own if given.is_field else alike).uniform(low, high, given.size)
             for given in (pde.unknown, *pde.inputs)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from petsc4py import PETSc
@@ -48,10 +48,12 @@ class SolverChoice:
     Attributes:
         options: Complete options, without prefix.
         near_nullspace: Orthonormal vectors that algebraic multigrid is told of, owned, `(num_vectors, n_owned)`; None for none.
+        is_symmetric: Whether the Jacobian is known to be symmetric, whatever the inputs and the state.
     """
 
     options: Mapping[str, Option]
     near_nullspace: Array | None = None
+    is_symmetric: bool = False
 
     def prepare(self, matrix: PETSc.Mat) -> None:
         """Attach the near-nullspace to a matrix of the operator. Collective."""
@@ -79,12 +81,19 @@ def choose_solver(pde: WeakForm, given: Mapping[str, Option]) -> SolverChoice:
     MPI: Collective.
     """
     if any(name in given for name in _METHODS):
-        return _with_modes(pde, complete_options(given))
+        choice = _with_modes(pde, complete_options(given))
+        return replace(choice, is_symmetric=given.get("pc_type") == "cholesky" and _is_symmetric(pde))
     jacobian = GenericJacobian(pde)
     try:
-        return _choose(pde, given, jacobian)
+        return replace(_choose(pde, given, jacobian), is_symmetric=jacobian.is_symmetric)
     finally:
         jacobian.destroy()
+
+
+def _is_symmetric(pde: WeakForm) -> bool:
+    jacobian = GenericJacobian(pde)
+    jacobian.destroy()
+    return jacobian.is_symmetric
 
 
 def _choose(pde: WeakForm, given: Mapping[str, Option], jacobian: GenericJacobian) -> SolverChoice:

@@ -45,7 +45,14 @@ class StateEquation:
         self.pde = pde
         choice = choose_solver(pde, petsc_options)
         self._options = Options(choice.options, watched=petsc_options)
-        self.factors = FactorPool(pde.jacobian, pde.boundary, self._options, factor_budget, prepare=choice.prepare)
+        self.factors = FactorPool(
+            pde.jacobian,
+            pde.boundary,
+            self._options,
+            factor_budget,
+            prepare=choice.prepare,
+            is_symmetric=choice.is_symmetric,
+        )
         self.jacobian_inputs = pde.occurs_in(pde.jacobian) if pde.is_linear else tuple(range(len(pde.inputs)))
         self.matrices = constant_matrices(pde)
         self._solver = (
@@ -116,18 +123,26 @@ class StateEquation:
         MPI: Collective.
         """
         assert isinstance(self._solver, _LinearSolve)
-        lifted, right = [], []
+        lifting, b = self._systems(values)
+        try:
+            u, failures = self.factors.get(key).solve_many(b, transposed=False)
+        except SolveFailed as error:
+            return np.zeros_like(b), dict.fromkeys(range(len(values)), error)
+        self._options.warn_unused()
+        return (u if lifting is None else u + lifting), failures
+
+    def _systems(self, values: Sequence[Sequence[Array]]) -> tuple[Array | None, Array]:
+        """u_D and b of some samples, `(num_samples, n_owned)`, the last one being loaded; see `_LinearSolve.system`."""
+        assert isinstance(self._solver, _LinearSolve)
+        self.load(values[-1])
+        if self._solver.enters_by_matrices:
+            return None, self._solver.right_hand_sides(values)
+        pairs = []
         for sample in values:
             self.load(sample)
-            lifting, b = self._solver.system()
-            lifted.append(lifting)
-            right.append(b)
-        try:
-            u, failures = self.factors.get(key).solve_many(np.stack(right), transposed=False)
-        except SolveFailed as error:
-            return np.zeros((len(values), self.pde.unknown.size)), dict.fromkeys(range(len(values)), error)
-        self._options.warn_unused()
-        return (u if lifted[0] is None else u + np.stack(lifted)), failures  # type: ignore[arg-type]
+            pairs.append(self._solver.system())
+        b = np.stack([b for _, b in pairs])
+        return (None if pairs[0][0] is None else np.stack([u for u, _ in pairs if u is not None])), b
 
     def solve_linear(self, b: Array, key: Hashable) -> Array:
         """Solve J u = b at inputs, and a state, that are loaded; b is zero where values are prescribed.
@@ -209,12 +224,12 @@ class _LinearSolve:
         self._owned = pde.boundary.owned
         self._lifted = not pde.boundary.homogeneous
         known = {} if self._lifted else matrices
-        self._matrices = [
-            (given, known[k]) for k, given in enumerate(pde.inputs) if k in known and isinstance(given, FunctionInput)
-        ]
-        rest = without(pde.form, [pde.state, *(given.symbol for given, _ in self._matrices)])
+        fields = [(k, given) for k, given in enumerate(pde.inputs) if isinstance(given, FunctionInput)]
+        self._matrices = [(k, given, known[k]) for k, given in fields if k in known]
+        rest = without(pde.form, [pde.state, *(given.symbol for _, given, _ in self._matrices)])
         self._form = VectorForm(pde.form) if self._lifted else create_vector_form(rest, pde.unknown.size)
         self._rest_is_fixed = not self._lifted and not pde.occurs_in(rest)
+        self.enters_by_matrices = self._rest_is_fixed and bool(self._matrices)
         self._fixed_rest: Array | None = None
 
     def solve(self, key: Hashable, start: Array | None) -> Array:
@@ -234,11 +249,19 @@ class _LinearSolve:
             b[self._owned] = 0.0
             return lifting[: b.size].copy(), b
         b = self._rest()
-        for given, matrix in self._matrices:
+        for _, given, matrix in self._matrices:
             b = np.subtract(b, matrix.multiply(given.coefficients.owned))
         if self._matrices:
             b[self._owned] = 0.0
         return None, b
+
+    def right_hand_sides(self, values: Sequence[Sequence[Array]]) -> Array:
+        """b of some samples, `(num_samples, n_owned)`, where all that varies enters by a matrix. Collective."""
+        b = np.repeat(self._rest()[None], len(values), axis=0)
+        for k, _, matrix in self._matrices:
+            b -= matrix.multiply_rows(np.stack([sample[k] for sample in values]))
+        b[:, self._owned] = 0.0
+        return b
 
     def _rest(self) -> Array:
         """-c, an array of its own or one that nobody writes to."""

@@ -159,7 +159,7 @@ def test_large_scalar_problem_gets_multigrid(monkeypatch: pytest.MonkeyPatch) ->
     unknowns = pde.space.dofmap.index_map.size_global
     for limit, options in ((unknowns, LDLT), (unknowns - 1, {"ksp_type": "cg", "pc_type": "hypre", "ksp_rtol": 1e-10})):
         monkeypatch.setattr(solver_choice, "DIRECT_LIMIT", {2: limit})
-        assert choose_solver(pde, {}) == SolverChoice(options)
+        assert choose_solver(pde, {}) == SolverChoice(options, is_symmetric=True)
     assert choose_solver(pde, {"ksp_rtol": 1e-7}).options == {**options, "ksp_rtol": 1e-7}
 
 
