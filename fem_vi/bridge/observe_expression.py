@@ -47,7 +47,8 @@ class ExpressionObservation:
             derivative is infinite, the gradient is NaN, as that of `torch.where` is.
         points: `(num_points, gdim)` or `(num_points, 3)`, mesh units, the same on every rank.
         inputs: The Functions and Constants of the expression that gradients reach. Others are fixed at their values of this
-            moment; changing one later is an error in the next call.
+            moment; changing one later is an error in the next call. Derivatives in x are those on the mesh as it is: where
+            `fem_vi.coordinates` vary, they are not those on the moved mesh.
         outside: What to do with points outside the mesh: `RaiseOutside()` or `MaskOutside()`.
 
     Call:
