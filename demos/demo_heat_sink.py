@@ -123,10 +123,11 @@ class Density:
     def __call__(self, theta: torch.Tensor, steepness: torch.Tensor) -> torch.Tensor:
         """The smooth density for parameters `(num_cells,)`, replicated."""
         shift = torch.zeros((), dtype=torch.float64)
-        excess = torch.ones(())
-        while abs(excess) > 1e-7:
+        for _ in range(30):
             excess, slope = self.excess(theta.detach(), shift, steepness)
             shift = shift - (excess / slope).clamp(-1, 1)
+            if abs(excess) < 1e-7:
+                break
         excess, slope = self.excess(theta, shift, steepness)
         return self.shifted(theta, shift - excess / slope)
 
