@@ -20,7 +20,7 @@ import math
 import threading
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -67,14 +67,14 @@ class Call:
         batch: Broadcast batch axes.
         rows: For each input, the row of its flattened values that each sample reads.
         keep: Whether a backward may follow.
-        saved: What the forward leaves for the backward besides inputs and output, by sample; arrays, no PETSc objects.
+        saved: What the forward leaves for the backward besides inputs and output; arrays, no PETSc objects.
     """
 
     number: int
     batch: tuple[int, ...]
     rows: tuple[NDArray[np.intp], ...]
     keep: bool
-    saved: dict[int, Any] = field(default_factory=dict)
+    saved: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:
@@ -189,16 +189,15 @@ class BatchedOperator(ABC):
 
     def _pull_back(
         self, call: Call, g: Tensor, out: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """lam, and the gradients of all inputs that want one, each in the shape of its input. Collective."""
+    ) -> tuple[Array, list[Tensor | None]]:
+        """lam, `(num_samples, n_out)`, and the gradients of the inputs that want one, each in its shape. Collective."""
         self._check_mesh()
         flat = self._flat(inputs)
         grads = [np.zeros(x.shape) if want else None for x, want in zip(flat, wanted, strict=True)]
         lam = self._exclusively(self._backward, call, flat, self._rows(out), self._rows(g), grads)
-        return (
-            torch.from_numpy(lam.reshape(out.shape)),
-            [None if row is None else torch.from_numpy(row.reshape(x.shape)) for row, x in zip(grads, inputs, strict=True)],
-        )
+        return lam, [
+            None if row is None else torch.from_numpy(row.reshape(x.shape)) for row, x in zip(grads, inputs, strict=True)
+        ]
 
     def _push_forward(self, call: Call, out: Tensor, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
         """The tangent of the output. Collective."""
@@ -325,9 +324,9 @@ def _check_finite(name: str, inputs: Sequence[Tensor], expected: Sequence[Argume
 
 
 def _is_finite(x: Array) -> bool:
-    """Whether all entries are finite. A finite sum says so at once; one that is not may have overflowed."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        return math.isfinite(x.sum()) or bool(np.isfinite(x).all())
+    """Whether all entries are finite. A finite sum of squares says so at once; one that is not may have overflowed."""
+    flat = x.ravel()
+    return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(x).all())
 
 
 def _is_differentiated(x: object) -> bool:
@@ -392,7 +391,7 @@ class _Pullback(torch.autograd.Function):
         operator: BatchedOperator, call: Call, wanted: Sequence[bool], g: Tensor, out: Tensor, *inputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         lam, grads = operator._pull_back(call, g, out, inputs, wanted)
-        return lam, *grads
+        return torch.from_numpy(lam.reshape(out.shape)), *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:

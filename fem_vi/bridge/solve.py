@@ -130,31 +130,20 @@ class Solve(BatchedOperator):
         out = np.empty((call.num_samples, self.pde.unknown.size))
         failures: dict[int, SolveFailed] = {}
         for group in self._groups(call, flat):
-            failures |= self._solve_group(group, out)
+            out[group.where], failed = self._equation.solve_many(group.values, group.key)
+            if failed:
+                failures |= {group.samples[k]: error for k, error in failed.items()}
             if not call.keep and group.key is not None:
                 self._equation.factors.release(group.key)
             if failures and not self._masks:
                 break
-        self._report(call, failures)
-        out[list(failures)] = np.nan
+        if failures:
+            self._report(call, failures)
+            out[list(failures)] = np.nan
         return out
-
-    def _solve_group(self, group: _Group, out: Array) -> dict[int, SolveFailed]:
-        """The states of samples that share a Jacobian; what went wrong, by sample."""
-        if len(group.samples) > 1:
-            out[group.samples], failed = self._equation.solve_many(group.values, group.key)
-            return {group.samples[k]: error for k, error in failed.items()}
-        (sample,) = group.samples
-        try:
-            out[sample] = self._equation.solve(group.values[0], group.key)
-        except SolveFailed as error:
-            return {sample: error}
-        return {}
 
     def _report(self, call: Call, failures: Mapping[int, SolveFailed]) -> None:
         """Raise the first failure, or warn of all."""
-        if not failures:
-            return
         sample, error = min(failures.items())
         if not self._masks:
             raise SolveFailed(f"Solve: {_which(call, sample)}: {error}.") from error
@@ -164,16 +153,21 @@ class Solve(BatchedOperator):
         )
 
     def _groups(self, call: Call, flat: Sequence[Array], states: Array | None = None) -> list[_Group]:
-        """Samples that share a Jacobian together, in the order of their first ones.
+        """Samples that share a Jacobian together, in the order of their first ones; worked out once in a call.
 
         Args:
             call: The call.
             flat: Its inputs.
             states: For a form that is not linear, the states; without them each sample is alone and has no key.
         """
-        samples = [call.values(flat, sample) for sample in range(call.num_samples)]
         if not self.pde.is_linear and states is None:
-            return [_Group(None, [sample], [values]) for sample, values in enumerate(samples)]
+            return [_Group(None, [sample], [call.values(flat, sample)]) for sample in range(call.num_samples)]
+        if "groups" not in call.saved:
+            call.saved["groups"] = self._group(call, flat, states)
+        return call.saved["groups"]  # type: ignore[no-any-return]
+
+    def _group(self, call: Call, flat: Sequence[Array], states: Array | None) -> list[_Group]:
+        samples = [call.values(flat, sample) for sample in range(call.num_samples)]
         groups: dict[Hashable, _Group] = {}
         for sample, key in enumerate(self._equation.keys(samples, states)):
             group = groups.get(key)
@@ -184,21 +178,24 @@ class Solve(BatchedOperator):
         return list(groups.values())
 
     def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
-        lam = np.zeros_like(g)
-        self._mask_gradients(call, out, g, grads)
+        lam = np.empty(g.shape)
+        if self._masks:
+            lam.fill(0.0)
+            self._mask_gradients(call, out, g, grads)
         for group in reversed(self._alive(call, flat, out)):  # the factor used last is the one surely kept
-            lam[group.samples] = self._adjoint(call, group, out, g)
-            left = list(grads)
+            lam[group.where] = self._adjoint(call, group, out, g)
+            left: Sequence[Array | None] = grads
             if len(group.samples) > 1:
-                left = self._vjp.add_products(lam[group.samples], [rows[group.samples] for rows in call.rows], grads)
-            if any(grad is not None for grad in left):
-                self._add_gradients(call, group, (out, g, lam), left)
+                left = self._vjp.add_products(lam[group.where], [rows[group.where] for rows in call.rows], grads)
+            self._add_gradients(call, group, (out, g, lam), left)
             if group.key is not None:
                 self._equation.factors.release(group.key)
         return lam
 
     def _add_gradients(self, call: Call, group: _Group, at: tuple[Array, Array, Array], grads: Sequence[Array | None]) -> None:
         """Add each sample's gradients; `at` holds states, cotangents and lam of all samples."""
+        if all(grad is None for grad in grads):
+            return
         out, g, lam = at
         for sample, values in zip(group.samples, group.values, strict=True):
             self._equation.load(values, out[sample])
@@ -220,8 +217,6 @@ class Solve(BatchedOperator):
 
     def _mask_gradients(self, call: Call, out: Array, g: Array, grads: Sequence[Array | None]) -> None:
         """NaN for what failed samples read, unless their cotangent is zero."""
-        if not self._masks:
-            return
         for sample in np.flatnonzero(self._dead(out) & any_rank_each(self.comm, np.any(g != 0.0, axis=1))):
             for k, grad in enumerate(grads):
                 if grad is not None:
@@ -229,17 +224,11 @@ class Solve(BatchedOperator):
 
     def _adjoint(self, call: Call, group: _Group, out: Array, g: Array) -> Array:
         """lam of samples that share a Jacobian."""
-        first = group.samples[0]
-        if len(group.samples) > 1:
-            lam, failed = self._equation.solve_adjoints(group.values[0], out[first], g[group.samples], group.key)
-            if failed:
-                k, error = min(failed.items())
-                raise SolveFailed(f"Solve: {_which(call, group.samples[k])}: adjoint: {error}.") from error
-            return lam
-        try:
-            return self._equation.solve_adjoint(group.values[0], out[first], g[first], group.key)[None]
-        except SolveFailed as error:
-            raise SolveFailed(f"Solve: {_which(call, first)}: adjoint: {error}.") from error
+        lam, failed = self._equation.solve_adjoints(group.values[0], out[group.samples[0]], g[group.where], group.key)
+        if failed:
+            k, error = min(failed.items())
+            raise SolveFailed(f"Solve: {_which(call, group.samples[k])}: adjoint: {error}.") from error
+        return lam
 
     def _pushforward(self, call: Call, flat: Sequence[Array], out: Array, tangents: Sequence[Array]) -> Array:
         moved = np.full_like(out, np.nan)
@@ -257,7 +246,7 @@ class Solve(BatchedOperator):
             if failed:
                 k, error = min(failed.items())
                 raise SolveFailed(f"Solve: {_which(call, group.samples[k])}: tangent: {error}.") from error
-            moved[group.samples] = du + np.stack(lifting)
+            moved[group.where] = du + np.stack(lifting)
         return moved
 
     def _prescribed_tangent(self, directions: Sequence[Array]) -> Array:
@@ -286,6 +275,12 @@ class _Group(NamedTuple):
     key: Hashable
     samples: list[int]
     values: list[list[Array]]
+
+    @property
+    def where(self) -> slice | list[int]:
+        """Index of the samples: a view where there is one only."""
+        first = self.samples[0]
+        return slice(first, first + 1) if len(self.samples) == 1 else self.samples
 
     def without(self, dead: NDArray[np.bool_]) -> _Group:
         """The samples that are not marked."""

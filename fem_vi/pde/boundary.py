@@ -95,7 +95,8 @@ class Boundary:
         self.sources = self._find_sources(space, inputs, last)
         for source in self.sources:
             self._fixed[source.dofs] = 0.0
-        self._watched = [(bc.g, _current(bc.g).tobytes()) for bc in self.bcs if not _is_input(bc, inputs)]
+        fixed = [bc.g for bc in self.bcs if not _is_input(bc, inputs)]
+        self._watched = [(value, _view(value), _view(value).tobytes()) for value in fixed]
         local = bool(self.sources) or bool(np.any(self._fixed))
         self.homogeneous = not any_rank(space.mesh.comm, local)
 
@@ -121,8 +122,8 @@ class Boundary:
     def changed(self, besides: Sequence[fem.Function | fem.Constant] = ()) -> bool:
         """Whether the caller has changed a prescribed value that is no input, nor one of `besides`. Not collective."""
         known = [given._cpp_object for given in besides]
-        watched = [(value, frozen) for value, frozen in self._watched if not any(value is other for other in known)]
-        return any(_current(value).tobytes() != frozen for value, frozen in watched)
+        changed = [value for value, now, frozen in self._watched if now.tobytes() != frozen]
+        return any(all(value is not other for other in known) for value in changed)
 
     def values(self) -> Array:
         """Prescribed values at the owned prescribed dofs `owned`."""
@@ -131,8 +132,8 @@ class Boundary:
         return x[self.owned]
 
 
-def _current(value: Any) -> Array:
-    """The numbers behind the C++ Function or Constant of a condition, as they are now."""
+def _view(value: Any) -> Array:
+    """The numbers behind the C++ Function or Constant of a condition."""
     return np.asarray(value.x.array if hasattr(value, "x") else value.value)
 
 

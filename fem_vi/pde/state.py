@@ -111,7 +111,7 @@ class StateEquation:
         return u
 
     def solve_many(self, values: Sequence[Sequence[Array]], key: Hashable) -> tuple[Array, Failures]:
-        """Solve for the states of samples that share the Jacobian of a linear form, all at once.
+        """Solve for the states of samples: those of a linear form share the Jacobian and are solved at once.
 
         Args:
             values: For each sample, the owned values of each input.
@@ -123,6 +123,8 @@ class StateEquation:
         MPI: Collective.
         """
         assert isinstance(self._solver, _LinearSolve)
+        if len(values) == 1 or not self.pde.is_linear:
+            return self._one_by_one(values, key)
         lifting, b = self._systems(values)
         try:
             u, failures = self.factors.get(key).solve_many(b, transposed=False)
@@ -130,6 +132,15 @@ class StateEquation:
             return np.zeros_like(b), dict.fromkeys(range(len(values)), error)
         self._options.warn_unused()
         return (u if lifting is None else u + lifting), failures
+
+    def _one_by_one(self, values: Sequence[Sequence[Array]], key: Hashable) -> tuple[Array, Failures]:
+        out, failures = np.empty((len(values), self.pde.unknown.size)), {}
+        for number, sample in enumerate(values):
+            try:
+                out[number] = self.solve(sample, key)
+            except SolveFailed as error:
+                failures[number] = error
+        return out, failures
 
     def _systems(self, values: Sequence[Sequence[Array]]) -> tuple[Array | None, Array]:
         """u_D and b of some samples, `(num_samples, n_owned)`, the last one being loaded; see `_LinearSolve.system`."""
@@ -204,12 +215,14 @@ class StateEquation:
         MPI: Collective.
         """
         self.load(values, u)
-        right = g.copy()
-        right[:, self.pde.boundary.owned] = 0.0
         try:
+            if len(g) == 1:
+                return self.solve_transposed(g[0], key)[None], {}
+            right = g.copy()
+            right[:, self.pde.boundary.owned] = 0.0
             return self.factors.get(key).solve_many(right, transposed=True)
         except SolveFailed as error:
-            return right, dict.fromkeys(range(len(g)), error)
+            return g, dict.fromkeys(range(len(g)), error)
 
 
 class _LinearSolve:
