@@ -122,7 +122,6 @@ class StateEquation:
 
         MPI: Collective.
         """
-        assert isinstance(self._solver, _LinearSolve)
         if len(values) == 1 or not self.pde.is_linear:
             return self._one_by_one(values, key)
         lifting, b = self._systems(values)
