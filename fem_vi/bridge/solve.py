@@ -278,9 +278,9 @@ class _Group(NamedTuple):
 
     @property
     def where(self) -> slice | list[int]:
-        """Index of the samples: a view where there is one only."""
-        first = self.samples[0]
-        return slice(first, first + 1) if len(self.samples) == 1 else self.samples
+        """Index of the samples: a slice, which makes no copies, where they follow one another."""
+        first, last = self.samples[0], self.samples[-1]
+        return slice(first, last + 1) if last - first + 1 == len(self.samples) else self.samples
 
     def without(self, dead: NDArray[np.bool_]) -> _Group:
         """The samples that are not marked."""

@@ -106,6 +106,14 @@ class _ConstantGradient:
         return sum_over_ranks(self._comm, gradient)
 
 
+def _subtract_rows(grad: Array, rows: NDArray[np.intp], values: Array) -> None:
+    """grad[rows[i]] -= values[i] for every i, where rows may repeat."""
+    if len(rows) == len(grad) and np.array_equal(rows, np.arange(len(grad))):
+        grad -= values
+    else:
+        np.subtract.at(grad, rows, values)
+
+
 class ResidualVjp:
     """lam^T dr/du and lam^T dr/dm of a weak form, without boundary conditions.
 
@@ -160,7 +168,7 @@ class ResidualVjp:
         for position in self._matrices.keys() - prescribed:
             grad, left[position] = left[position], None
             if grad is not None:
-                np.subtract.at(grad, rows[position], self._matrices[position].multiply_rows_transposed(lam))
+                _subtract_rows(grad, rows[position], self._matrices[position].multiply_rows_transposed(lam))
         return left
 
     def add_implicit(self, g: Array, rows: Sequence[Array | None]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import ufl
 from dolfinx import fem
+from petsc4py import PETSc
 from ufl.algorithms import expand_derivatives
 
 from fem_vi.pde.assemble import VectorForm, ZeroVector, create_vector_form
@@ -34,12 +35,15 @@ class InputMatrix:
         self._x, self._y = self._matrix.petsc.createVecs()
         self._key: Hashable = None
         self._block: DenseBlock | None = None
+        self._transpose: PETSc.Mat | None = None  # products with many vectors take three times as long transposed
+        self._transposed_block: DenseBlock | None = None
 
     def assemble(self, key: Hashable) -> None:
         """Assemble C, unless it has been assembled for this key. Collective."""
         if key != self._key:
             self._matrix.assemble()
             self._key = key
+            self._transpose = self._transposed_block = None
 
     def is_assembled(self, key: Hashable) -> bool:
         """Whether C has been assembled for this key last."""
@@ -51,24 +55,23 @@ class InputMatrix:
         self._matrix.petsc.mult(self._x, self._y)
         return self._y.array_r  # type: ignore[no-any-return]
 
-    def multiply_rows(self, rows: Array) -> Array:
+    def multiply_rows(self, rows: Sequence[Array]) -> Array:
         """C m for each row, `(width, n_owned)`: a view, valid until the next product. Collective."""
-        block = self._block_of(len(rows))
-        block.set_left(rows)
-        self._matrix.petsc.matMult(block.x, block.b)
-        return block.right
+        if self._block is None or self._block.width != len(rows):
+            self._block = DenseBlock(self._matrix.petsc, len(rows))
+        self._block.set_left(rows)
+        self._matrix.petsc.matMult(self._block.x, self._block.b)
+        return self._block.right
 
     def multiply_rows_transposed(self, rows: Array) -> Array:
         """C^T lam for each row, `(width, n_owned)`: a view, valid until the next product. Collective."""
-        block = self._block_of(len(rows))
-        block.set_right(rows)
-        self._matrix.petsc.transposeMatMult(block.b, block.x)
-        return block.left
-
-    def _block_of(self, width: int) -> DenseBlock:
-        if self._block is None or self._block.width != width:
-            self._block = DenseBlock(self._matrix.petsc, width)
-        return self._block
+        if self._transpose is None:
+            self._transpose = self._matrix.petsc.transpose(PETSc.Mat())
+        if self._transposed_block is None or self._transposed_block.width != len(rows):
+            self._transposed_block = DenseBlock(self._transpose, len(rows))
+        self._transposed_block.set_left(rows)
+        self._transpose.matMult(self._transposed_block.x, self._transposed_block.b)
+        return self._transposed_block.right
 
     def multiply_transposed(self, lam: Array) -> Array:
         """C^T lam, owned entries in the space of the input: a view, valid until the next product. Collective."""

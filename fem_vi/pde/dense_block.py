@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from petsc4py import PETSc
 
@@ -35,9 +37,10 @@ class DenseBlock:
         self.x = PETSc.Mat().createDense((columns, width), array=self.left.T, comm=matrix.comm)
         self.b = PETSc.Mat().createDense((rows, width), array=self.right.T, comm=matrix.comm)
 
-    def set_left(self, rows: Array) -> None:
+    def set_left(self, rows: Iterable[Array]) -> None:
         """Write what A multiplies."""
-        self.left[:] = rows
+        for into, row in zip(self.left, rows, strict=True):
+            into[:] = row
         self.x.stateIncrease()
 
     def set_right(self, rows: Array) -> None:

@@ -168,14 +168,20 @@ class Factor:
             transposed: Whether with J^T.
 
         Returns:
-            Solutions, `(num_systems, n_owned)`, and what went wrong, by system; the rows of those are of no use.
+            Solutions, `(num_systems, n_owned)`, perhaps a view that is valid until the next call; and what went wrong, by
+            system; the rows of those are of no use.
 
         MPI: Collective.
         """
         at_once = self._symmetric or (self._transposes and not (transposed and not _compat.LU_TRANSPOSES_BLOCKS))
         if len(rows) > 1 and self._direct and at_once:
-            chunks = [self._solve_block(rows[k : k + BLOCK], k, transposed) for k in range(0, len(rows), BLOCK)]
-            return np.concatenate([x for x, _ in chunks]), {k: e for _, failed in chunks for k, e in failed.items()}
+            if len(rows) <= BLOCK:
+                return self._solve_block(rows, 0, transposed)
+            out, failures = np.empty_like(rows), dict[int, SolveFailed]()
+            for first in range(0, len(rows), BLOCK):
+                out[first : first + BLOCK], failed = self._solve_block(rows[first : first + BLOCK], first, transposed)
+                failures |= failed
+            return out, failures
         out, failures = np.zeros_like(rows), {}
         for number, b in enumerate(rows):
             try:
@@ -197,7 +203,7 @@ class Factor:
             self._sound = False
             failed = SolveFailed(f"PETSc failed inside KSP: {petsc_words(error)}")
             return block.left, dict.fromkeys(range(first, first + len(rows)), failed)
-        return block.left.copy(), self._doubts(block, first, transposed)
+        return block.left, self._doubts(block, first, transposed)
 
     def _doubts(self, block: DenseBlock, first: int, transposed: bool) -> dict[int, SolveFailed]:
         """Check a random combination of the systems of a block and, where that is wrong, each of them."""

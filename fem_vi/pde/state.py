@@ -269,9 +269,9 @@ class _LinearSolve:
 
     def right_hand_sides(self, values: Sequence[Sequence[Array]]) -> Array:
         """b of some samples, `(num_samples, n_owned)`, where all that varies enters by a matrix. Collective."""
-        b = np.repeat(self._rest()[None], len(values), axis=0)
+        b = self._rest()
         for k, _, matrix in self._matrices:
-            b -= matrix.multiply_rows(np.stack([sample[k] for sample in values]))
+            b = b - matrix.multiply_rows([sample[k] for sample in values])
         b[:, self._owned] = 0.0
         return b
 
