@@ -35,7 +35,7 @@ class SolveFailed(FemViError, RuntimeError):
 
 
 class NotFinite(FemViError, ArithmeticError):
-    """A loss or gradient is infinite or not a number."""
+    """A loss, a gradient or an integral is infinite or not a number."""
 
 
 class RunFolderError(FemViError, RuntimeError):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from dolfinx import fem
 
+from fem_vi.arguments import whole
 from fem_vi.bridge.operator import Argument, BatchedOperator, Call
 from fem_vi.errors import InvalidInput, SolveFailed
 from fem_vi.pde.checkpoints import BinomialCheckpoints, Stored
@@ -90,7 +91,7 @@ class Evolve(BatchedOperator):
         petsc_options: Mapping[str, Option] | None = None,
         factor_budget: int = 2**30,
     ) -> None:
-        _check_count("num_steps", num_steps)
+        whole("Evolve: num_steps", num_steps, least=1)
         if any(isinstance(given, CoordinateInput) for given in pde.inputs):
             raise InvalidInput(
                 "Evolve: the coordinates of the mesh cannot be an input of a time step; Solve and Functional take them."
@@ -115,7 +116,7 @@ class Evolve(BatchedOperator):
         self._row = {state: row for row, state in enumerate(self.save)}
         self._saves_all = len(self.save) == self._num_steps + 1
         if stored_steps is not None:
-            _check_count("stored_steps", stored_steps)
+            whole("Evolve: stored_steps", stored_steps, least=1)
         self._checkpoints = BinomialCheckpoints(self._num_steps, num_steps if stored_steps is None else stored_steps)
 
     @property
@@ -235,11 +236,6 @@ class _Given:
 def _per_step(given: Input, num_steps: int) -> Argument:
     layout = f"it has one value for each of {num_steps} steps, and {given.layout}"
     return _Given(given.label, (num_steps, *given.shape), layout, given.is_field)
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise InvalidInput(f"Evolve: {name} is {value!r}; it must be a whole number of at least 1.")
 
 
 def _check_previous(pde: WeakForm, previous: object) -> None:

@@ -24,6 +24,7 @@ import ufl
 from torch import Tensor
 from torch.distributions import Distribution
 
+from fem_vi.arguments import positive
 from fem_vi.bridge.field_file import write_fields
 from fem_vi.bridge.layout import all_sum, as_numpy, gather, localise, num_global, num_owned, owned_range
 from fem_vi.bridge.linear import apply_linear
@@ -238,9 +239,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _check_parameters(std: float, length: float, mean: float | Tensor, size: int) -> None:
-    for name, value in (("std", std), ("length", length)):
-        if not (math.isfinite(value) and value > 0):
-            raise InvalidInput(f"MaternField: {name} is {value}; it must be positive.")
+    positive("MaternField: std", std)
+    positive("MaternField: length", length)
     if isinstance(mean, Tensor) and tuple(mean.shape) not in ((), (size,)):
         raise InvalidInput(
             f"MaternField: mean has shape {tuple(mean.shape)}; it must be a number or have shape {(size,)} (owned)."

@@ -36,6 +36,7 @@ class Functional(BatchedOperator):
     Raises:
         UnsupportedForm: Where the form has arguments.
         InvalidInput: Where an input does not occur in the form; see also `BatchedOperator.__call__`.
+        NotFinite: On every rank, where the integral has no finite value, such as the logarithm of a negative field.
 
     MPI: Collective, forward and backward.
 
@@ -76,7 +77,9 @@ class Functional(BatchedOperator):
         for sample in range(call.num_samples):
             self._load(call, flat, sample)
             out[sample] = self._form.assemble()
-        return sum_over_ranks(self.comm, out)
+        total = sum_over_ranks(self.comm, out)
+        self._check_finite(total[:, None])
+        return total
 
     def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
         for sample in range(call.num_samples):

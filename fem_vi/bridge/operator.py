@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fem_vi.bridge.layout import as_numpy
-from fem_vi.errors import InvalidInput, UnsupportedDerivative
-from fem_vi.parallel import all_values, raise_on_all
+from fem_vi.errors import InvalidInput, NotFinite, UnsupportedDerivative
+from fem_vi.parallel import all_values, any_rank, any_rank_each, raise_on_all
 from fem_vi.pde.coordinates import CoordinateInput
 from fem_vi.pde.inputs import Array, FrozenMesh
 
@@ -240,6 +240,12 @@ class BatchedOperator(ABC):
     def _call(self, inputs: Sequence[Tensor]) -> Call:
         """The plan of a call whose inputs have been checked; its samples may be differentiated."""
         return Call(next(_calls), *_plan(self._name, inputs, self._inputs), keep=True)
+
+    def _check_finite(self, out: Array) -> None:
+        """Refuse outputs, `(num_samples, n_out)`, that are not finite. Collective."""
+        if any_rank(self.comm, not _is_finite(out)):
+            wrong = np.flatnonzero(any_rank_each(self.comm, np.any(~np.isfinite(out), axis=1)))
+            raise NotFinite(f"{self._name}: the form has no finite value for samples {wrong[:10].tolist()} of {len(out)}.")
 
     def _check_mesh(self) -> None:
         with raise_on_all(self.comm):

@@ -29,6 +29,7 @@ class Residual(BatchedOperator):
 
     Raises:
         InvalidInput: See `BatchedOperator.__call__`.
+        NotFinite: On every rank, where the form has no finite value, such as the logarithm of a negative field.
 
     MPI: Collective, forward and backward.
 
@@ -57,6 +58,7 @@ class Residual(BatchedOperator):
             self._load(call, flat, sample)
             out[sample] = self._form.assemble()
             out[sample, owned] = self.pde.state.x.array[owned] - self.pde.boundary.values()
+        self._check_finite(out)
         return out
 
     def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:

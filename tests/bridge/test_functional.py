@@ -128,3 +128,20 @@ def test_gradcheck_with_an_input_that_has_no_gradient() -> None:
     assert torch.autograd.gradcheck(lambda x: functional(x, fixed), at)
     assert not functional(at.detach(), fixed).requires_grad
     assert math.isfinite(functional(at, fixed).item())
+
+
+@pytest.mark.mpi
+def test_an_integral_without_a_finite_value_is_an_error() -> None:
+    """On one rank's cells only; the residual of the same form likewise, with the sample's number."""
+    msh = square(COMM)
+    V = fem.functionspace(msh, ("Lagrange", 1))
+    u, v = fem.Function(V), ufl.TestFunction(V)
+    good = interpolated(V, 0.0, 0.0) + 1.0
+    bad = good.clone()
+    bad[: 1 if COMM.rank == 0 else 0] = -3.0
+    J = fem_vi.Functional(ufl.ln(u) * ufl.dx, [u])
+    residual = fem_vi.Residual(fem_vi.WeakForm(ufl.ln(u) * v * ufl.dx, state=u, inputs=[]))
+    for operator in (J, residual):
+        operator(good)
+        with pytest.raises(fem_vi.NotFinite, match=r"samples \[1\] of 2"):
+            operator(torch.stack([good, bad]))
