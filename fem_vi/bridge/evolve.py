@@ -16,7 +16,8 @@ import numpy as np
 from dolfinx import fem
 
 from fem_vi.arguments import whole
-from fem_vi.bridge.operator import Argument, BatchedOperator, Call
+from fem_vi.bridge.call import Argument, Call
+from fem_vi.bridge.operator import BatchedOperator
 from fem_vi.errors import InvalidInput, SolveFailed
 from fem_vi.pde.checkpoints import BinomialCheckpoints, Stored
 from fem_vi.pde.clock import check_set_by_evolve, create_clocks

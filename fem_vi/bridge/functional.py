@@ -10,7 +10,8 @@ import ufl
 from dolfinx import fem
 from ufl.algorithms import expand_derivatives
 
-from fem_vi.bridge.operator import BatchedOperator, Bend, Call
+from fem_vi.bridge.call import Call
+from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.parallel import sum_over_ranks
 from fem_vi.pde.adjoint import FormGradient

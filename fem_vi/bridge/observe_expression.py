@@ -20,6 +20,7 @@ from ufl import classes
 from ufl.algorithms.analysis import extract_arguments, extract_coefficients, extract_constants
 from ufl.domain import extract_unique_domain
 
+from fem_vi.bridge.call import plan
 from fem_vi.bridge.layout import as_numpy
 from fem_vi.bridge.linear import apply_linear
 from fem_vi.bridge.point_values import PointValues
@@ -101,7 +102,7 @@ class ExpressionObservation:
             self._mesh.check_unchanged()
             for given in self._fixed:
                 given.check_unchanged()
-            batch = _check_tensors(inputs, self._inputs)
+            batch, _ = plan("ExpressionObservation", inputs, self._inputs)
         _check_batches(self.comm, batch)
         values = dict(self._held)
         for reading, x in zip(self._readings, inputs, strict=True):
@@ -195,32 +196,6 @@ def _values_of(given: Input) -> Tensor:
     if isinstance(given, FunctionInput):
         return torch.from_numpy(given.coefficients.owned)
     return torch.from_numpy(np.array(given.symbol.value))
-
-
-def _check_tensors(inputs: Sequence[object], expected: Sequence[Input]) -> tuple[int, ...]:
-    """The broadcast batch axes of a call. Not collective."""
-    if len(inputs) != len(expected):
-        labels = ", ".join(given.label for given in expected)
-        raise InvalidInput(f"ExpressionObservation takes {len(expected)} tensors ({labels}); {len(inputs)} were given.")
-    batches = []
-    for x, given in zip(inputs, expected, strict=True):
-        if not isinstance(x, Tensor) or x.dtype not in (torch.float64, torch.float32):
-            what = f"tensor of dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise InvalidInput(
-                f"ExpressionObservation: {given.label} is a {what}; it must be a torch tensor, float64 or float32."
-            )
-        batch = x.ndim - len(given.shape)
-        if batch < 0 or tuple(x.shape[batch:]) != given.shape:
-            hint = " Use fem_vi.distribute to slice a replicated vector." if given.is_field else ""
-            raise InvalidInput(
-                f"ExpressionObservation: {given.label} has shape {tuple(x.shape)}; its last axes must be {given.shape}, as "
-                f"{given.layout}.{hint}"
-            )
-        batches.append(tuple(x.shape[:batch]))
-    try:
-        return tuple(np.broadcast_shapes(*batches))
-    except ValueError as error:
-        raise InvalidInput(f"ExpressionObservation: the batch axes do not broadcast: {batches}.") from error
 
 
 def _check_batches(comm: Any, batch: tuple[int, ...]) -> None:

@@ -7,7 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from fem_vi.bridge.operator import BatchedOperator, Bend, Call
+from fem_vi.bridge.call import Call
+from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.pde.adjoint import ResidualVjp
 from fem_vi.pde.assemble import VectorForm
 from fem_vi.pde.inputs import Array

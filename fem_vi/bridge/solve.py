@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fem_vi.arguments import instance
-from fem_vi.bridge.operator import BatchedOperator, Bend, Call
+from fem_vi.bridge.call import Call
+from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.bridge.split import Split
 from fem_vi.errors import SolveFailed
 from fem_vi.parallel import any_rank_each, raise_on_all
