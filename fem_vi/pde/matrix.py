@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import ufl
 from dolfinx import fem, la
 from dolfinx.fem import petsc as fem_petsc
+from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from fem_vi.pde.inputs import Array
@@ -28,9 +30,10 @@ class MatrixForm:
 
     def create_matrix(self) -> Matrix:
         """A matrix with the sparsity of the form. Collective."""
-        one_rank = self.form.mesh.comm.size == 1
         rows, columns = (V.dofmap.index_map_bs for V in self.form.function_spaces)
-        return _SharedMatrix(self) if one_rank and rows == columns else _InsertedMatrix(self)
+        if self.form.mesh.comm.size == 1 and rows == columns:
+            return _SharedMatrix(self)
+        return _SplitMatrix(self) if rows == columns == 1 else _InsertedMatrix(self)
 
 
 class Matrix:
@@ -60,7 +63,7 @@ class _SharedMatrix(Matrix):
         self._data: Array = self._csr.data
         spaces = self._form.function_spaces
         sizes = [int(V.dofmap.index_map.size_local * V.dofmap.index_map_bs) for V in spaces]
-        rows = (self._csr.indptr.astype(PETSc.IntType), self._csr.indices.astype(PETSc.IntType, copy=False), self._data)
+        rows = (_integers(self._csr.indptr), _integers(self._csr.indices), self._data)
         self.petsc = PETSc.Mat().createAIJWithArrays(sizes, rows, comm=self._form.mesh.comm)
         self.petsc.setBlockSizes(*(int(V.dofmap.index_map_bs) for V in spaces))
 
@@ -70,8 +73,54 @@ class _SharedMatrix(Matrix):
         self.petsc.stateIncrease()
 
 
+class _SplitMatrix(Matrix):
+    """On several ranks, for spaces without blocks: DOLFINx assembles into its own arrays, and PETSc reads copies.
+
+    One holds the columns that the rank owns, the other those of other ranks.
+    """
+
+    def __init__(self, kind: MatrixForm) -> None:
+        self._form, self._bcs = kind.form, kind.bcs
+        self._csr = fem.create_matrix(self._form)
+        self._data: Array = self._csr.data
+        spaces = self._form.function_spaces
+        maps = [V.dofmap.index_map for V in spaces]
+        rows, columns = (int(m.size_local) for m in maps)
+        starts = self._csr.indptr[: rows + 1]
+        indices = self._csr.indices[: starts[-1]]
+        own = indices < columns
+        self._own, other = np.flatnonzero(own), np.flatnonzero(~own)
+        row_of = np.repeat(np.arange(rows), np.diff(starts))[other]
+        ghosts = self._csr.index_map(1).ghosts
+        self._other = other[np.lexsort((ghosts[indices[other] - columns], row_of))]  # PETSc wants each row in global order
+        self._values = self._data[self._own], self._data[self._other]
+        others = ghosts[indices[self._other] - columns]
+        before = np.concatenate([[0], np.cumsum(own)])
+        blocks = (
+            (_integers(before[starts]), _integers(indices[self._own]), self._values[0]),
+            (_integers(starts - before[starts]), _integers(others), self._values[1]),
+        )
+        sizes = [(int(m.size_local), int(m.size_global)) for m in maps]
+        self.petsc = PETSc.Mat().createAIJWithArrays(sizes, blocks, comm=self._form.mesh.comm)
+
+    def assemble(self) -> None:
+        self._data.fill(0.0)
+        fem.assemble_matrix(self._csr, self._form, bcs=self._bcs)
+        self._csr.scatter_reverse()
+        for values, positions in zip(self._values, (self._own, self._other), strict=True):
+            np.take(self._data, positions, out=values)
+        self.petsc.assemble()
+
+
+def _integers(x: NDArray[np.integer]) -> NDArray[np.integer]:
+    return x.astype(PETSc.IntType)
+
+
 class _InsertedMatrix(Matrix):
-    """PETSc's own insertion: on several ranks, and where rows and columns differ in block size, which DOLFINx refuses."""
+    """PETSc's own insertion, for blocked spaces where DOLFINx's matrices fail.
+
+    They take no rows and columns of different block sizes, and no Dirichlet conditions on several ranks.
+    """
 
     def __init__(self, kind: MatrixForm) -> None:
         self._form, self._bcs = kind.form, kind.bcs

@@ -147,7 +147,7 @@ def operator(n: int, solver: str) -> Iterator[Comparison]:
     problem = Diffusion.create(n)
     x, data = 0.5 * np.random.default_rng(0).standard_normal((2, BATCH, problem.u.x.array.size))
     pde = fem_vi.WeakForm(problem.F, state=problem.u, inputs=[problem.m], bcs=problem.bcs)
-    solve = fem_vi.Solve(pde, petsc_options=SOLVERS[solver])
+    solve = fem_vi.Solve(pde, petsc_options=SOLVERS[solver], factor_budget=2**32)
     floor = HandWrittenLoop(Diffusion.create(n), data, SOLVERS[solver])
     yield bench(f"operator, n = {n}, {solver}", floor, with_fem_vi(solve, data), x)
     before = solve.num_factorisations
