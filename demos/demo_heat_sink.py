@@ -10,8 +10,8 @@
 # of $r$, with $s$ the logistic function; a smooth step then pushes it towards 0 and 1. Mixtures conduct less than their share:
 # $k = k_0 + (1 - k_0) \rho^p$ (SIMP). The exponent and the steepness of the step grow in stages.
 #
-#     python demos/demo_heat_sink.py               # half a minute; the picture goes to runs/heat_sink
-#     mpirun -n 2 python demos/demo_heat_sink.py   # the same on two ranks
+#     python demos/demo_heat_sink.py               # some ten seconds; the picture goes to runs/heat_sink
+#     mpirun -n 2 python demos/demo_heat_sink.py   # on two ranks: another of many minima, within 1 %
 #
 # To torch this is a chain of functions of $\theta$: two solves and two integrals. torch.optim.LBFGS does not know of meshes.
 

@@ -124,7 +124,7 @@ def fingerprint(comm: MPI.Comm, samples: Sequence[Sequence[NDArray[np.float64]]]
 
     MPI: Collective.
     """
-    local = [hash(tuple([array.tobytes() for array in arrays])) for arrays in samples]
+    local = [hash((comm.rank, *[array.tobytes() for array in arrays])) for arrays in samples]
     if comm.size == 1:
         return local
     total = np.empty(len(local), dtype=np.int64)

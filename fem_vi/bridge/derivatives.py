@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fem_vi.bridge.call import Call
 from fem_vi.bridge.lanes import Lanes
+from fem_vi.bridge.tracing import check_not_traced
 
 if TYPE_CHECKING:
     from fem_vi.bridge.operator import BatchedOperator
@@ -38,6 +39,7 @@ def apply(operator: BatchedOperator, keep: bool, inputs: Sequence[Tensor]) -> Te
 
     MPI: Collective.
     """
+    check_not_traced(type(operator).__name__)
     function = _TransformableApply if _transforms_are_active() else _Apply
     return function.apply(operator, keep, *inputs)  # type: ignore[no-any-return]
 

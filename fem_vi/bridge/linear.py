@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fem_vi.bridge.tracing import check_not_traced
+
 Map = Callable[[Tensor], Tensor]
 
 
@@ -43,4 +45,5 @@ def apply_linear(forward: Map, adjoint: Map, x: Tensor) -> Tensor:
         adjoint: Its adjoint, likewise.
         x: What A is applied to.
     """
+    check_not_traced("A map over the ranks of a mesh")
     return _Linear.apply(forward, adjoint, x)  # type: ignore[no-any-return]

@@ -214,8 +214,8 @@ class BatchedOperator(ABC):
     def refusal(self, what: str) -> UnsupportedDerivative:
         """The error for a derivative that is not there; `what` says what is."""
         return UnsupportedDerivative(
-            f"{self._name} has {what}; another derivative was asked for. "
-            "Do not pass create_graph=True through it, or detach its gradient."
+            f"{self._name} has {what}; another derivative was asked for. Detach what is not to be differentiated again. "
+            "Products with Hessians are gradients of gradients: torch.autograd.functional.vhp, torch.func.hessian."
         )
 
     def _check_ranks(self, batch: tuple[int, ...], inputs: Sequence[Tensor]) -> None:
@@ -237,5 +237,6 @@ def _is_differentiated(x: object) -> bool:
 
 
 def _on_host(x: Tensor) -> Tensor:
-    """A float tensor in double precision on the host; anything else as it is, to be refused."""
-    return x.to(device="cpu", dtype=torch.float64) if isinstance(x, Tensor) and x.is_floating_point() else x
+    """A tensor of single or double precision as one of double precision on the host; anything else as it is, to be refused."""
+    takes = isinstance(x, Tensor) and x.dtype in (torch.float64, torch.float32)
+    return x.to(device="cpu", dtype=torch.float64) if takes else x

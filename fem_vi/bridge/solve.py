@@ -115,6 +115,15 @@ class Solve(BatchedOperator):
         """Factorisations (or preconditioner set-ups) of the Jacobian so far, without those inside SNES."""
         return self._equation.factors.num_factorisations
 
+    @property
+    def petsc_options(self) -> dict[str, Option]:
+        """The options that the solver works with: those given, and those chosen."""
+        return dict(self._equation.options)
+
+    def __repr__(self) -> str:
+        kind = "linear" if self.pde.is_linear else "nonlinear"
+        return f"Solve({kind}, {len(self.pde.inputs)} inputs, petsc_options={self.petsc_options})"
+
     @cached_property
     def split(self) -> Split:
         """The parts of a mixed state: `velocity, pressure = solve.split(u)`; see `Split`. Collective when first used."""
@@ -164,19 +173,17 @@ class Solve(BatchedOperator):
         if not self.pde.is_linear and states is None:
             return [_Group(None, [sample], [call.values(flat, sample)]) for sample in range(call.num_samples)]
         if "groups" not in call.saved:
-            call.saved["groups"] = self._group(call, flat, states)
-        return call.saved["groups"]  # type: ignore[no-any-return]
+            call.saved["groups"] = self._samples_of_keys(call, flat, states)
+        groups: dict[Hashable, list[int]] = call.saved["groups"]
+        return [_Group(key, samples, [call.values(flat, sample) for sample in samples]) for key, samples in groups.items()]
 
-    def _group(self, call: Call, flat: Sequence[Array], states: Array | None) -> list[_Group]:
-        samples = [call.values(flat, sample) for sample in range(call.num_samples)]
-        groups: dict[Hashable, _Group] = {}
-        for sample, key in enumerate(self._equation.keys(samples, states)):
-            group = groups.get(key)
-            if group is None:
-                group = groups[key] = _Group(key, [], [])
-            group.samples.append(sample)
-            group.values.append(samples[sample])
-        return list(groups.values())
+    def _samples_of_keys(self, call: Call, flat: Sequence[Array], states: Array | None) -> dict[Hashable, list[int]]:
+        """The samples of each Jacobian; no values, which stay with the tensors that torch has saved."""
+        values = [call.values(flat, sample) for sample in range(call.num_samples)]
+        groups: dict[Hashable, list[int]] = {}
+        for sample, key in enumerate(self._equation.keys(values, states)):
+            groups.setdefault(key, []).append(sample)
+        return groups
 
     def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
         lam = np.empty(g.shape)
@@ -259,9 +266,13 @@ class Solve(BatchedOperator):
 
     def _curvature(self, call: Call, flat: Sequence[Array], bend: Bend, at_out: Array, grads: Sequence[Array]) -> None:
         dead = self._dead(bend.out)
+        touched = any_rank_each(self.comm, np.any(bend.lam != 0.0, axis=1))
         for sample in range(call.num_samples):
             if dead[sample]:
-                raise SolveFailed(f"Solve: {_which(call, sample)} failed; it has no second derivative.")
+                if touched[sample]:
+                    for part in (at_out[sample], *(grad[call.rows[k][sample]] for k, grad in enumerate(grads))):
+                        part[...] = np.nan
+                continue
             self._equation.load(call.values(flat, sample), bend.out[sample])
             self._tangent.load(bend.out_dot[sample], call.values(bend.tangents, sample))
             self._tangent.load_test(bend.lam[sample])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import dolfinx
@@ -13,6 +14,9 @@ DOLFINX_VERSION: tuple[int, ...] = tuple(int(part) for part in dolfinx.__version
 
 LU_TRANSPOSES_BLOCKS = PETSc.Sys.getVersion() >= (3, 25)
 """Whether KSPMatSolveTranspose takes LU factors: PETSc 3.22 refuses them, 3.25 does not."""
+
+if all(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("py.warnings").handlers):
+    logging.captureWarnings(False)  # FFCx 0.9 sends all Python warnings to a log that nobody reads
 
 
 def collapsed_parent_dofs(space: Any) -> NDArray[np.int32]:

@@ -126,7 +126,7 @@ class Factor:
     def solve(self, b: Array, *, transposed: bool) -> Array:
         """Solve J x = b, or J^T x = b.
 
-        For an iterative method the right-hand side is scaled by its norm first, so that the tolerances are relative.
+        For an iterative method the right-hand side is scaled to largest entry one first, so that the tolerances are relative.
 
         Args:
             b: Owned entries, `(n_owned,)`.
@@ -141,12 +141,12 @@ class Factor:
         MPI: Collective.
         """
         self._b.array_w[:] = b
-        norm = self._b.norm()
-        if norm == 0.0:
+        largest = self._b.norm(PETSc.NormType.INFINITY)
+        if largest == 0.0:
             return np.zeros_like(b)
-        if not np.isfinite(norm):
+        if not np.isfinite(largest):
             raise SolveFailed("the right-hand side is not finite")
-        scale = 1.0 if self._direct else norm
+        scale = 1.0 if self._direct and 1e-100 < largest < 1e100 else largest
         if scale != 1.0:
             self._b.scale(1.0 / scale)
         if not transposed or self._symmetric:
@@ -156,7 +156,7 @@ class Factor:
         else:
             other = self._transposed_solver()
             ksp = self._run(other, other.solve)
-        self._check(ksp, transposed, norm / scale)
+        self._check(ksp, transposed)
         self._sound = True
         return self._x.array_r * scale if scale != 1.0 else self._x.array_r.copy()  # type: ignore[no-any-return]
 
@@ -236,6 +236,16 @@ class Factor:
         self.assembled.assemble()
         self.refresh()
 
+    def probe(self) -> None:
+        """Solve for a random right-hand side, which a singular matrix, unlike one that fits it, does not survive. Collective.
+
+        Where no pressure or no mean value is fixed the right-hand sides of the problem itself may all fit, and the answer is then
+        any of many. Iterative methods are not asked: they would take their last iteration to notice.
+        """
+        if self._direct and self._suits:
+            random = np.random.default_rng((0, self.matrix.comm.rank))
+            self.solve(random.standard_normal(self._x.getLocalSize()), transposed=False)
+
     def refresh(self) -> None:
         """Factorise, or set the preconditioner up, for the matrix as it is now. Collective."""
         if not self._sound:
@@ -268,14 +278,8 @@ class Factor:
             self._transpose_is_old = False
         return self._transpose_ksp
 
-    def _check(self, ksp: PETSc.KSP, transposed: bool, norm: float) -> None:
-        """Trust the solver's word, and then the true residual: a wrong answer must not pass for a converged one.
-
-        Args:
-            ksp: The solver.
-            transposed: Whether it was J^T that it solved with.
-            norm: The norm of the right-hand side.
-        """
+    def _check(self, ksp: PETSc.KSP, transposed: bool) -> None:
+        """Trust the solver's word, and then the true residual: a wrong answer must not pass for a converged one."""
         reason = ksp.getConvergedReason()
         if reason <= 0:
             raise SolveFailed(
@@ -286,7 +290,7 @@ class Factor:
             return
         (self.matrix.multTranspose if transposed else self.matrix.mult)(self._x, self._residual)
         self._residual.axpy(-1.0, self._b)
-        size = self._residual.norm() / norm
+        size = self._residual.norm() / self._b.norm()
         if not size <= (RESIDUAL_BOUND if self._direct else max(RESIDUAL_BOUND, 1e3 * ksp.getTolerances()[0])):
             raise SolveFailed(_weak(size))
 
@@ -378,6 +382,8 @@ class FactorPool:
         factor = self._vacant()
         self._spare = factor
         factor.rebuild()
+        if self.num_factorisations == 0:
+            factor.probe()
         self._factors[key], self._spare = factor, None
         self.num_factorisations += 1
         if self.num_factorisations == 1:

@@ -34,6 +34,7 @@ class StateEquation:
         factor_budget: Bytes per rank for kept factorisations.
 
     Attributes:
+        options: PETSc options, those given and those chosen.
         factors: The kept factorisations.
         jacobian_inputs: Positions of the inputs that the Jacobian sees.
         matrices: dF/dm of the inputs that enter the form by a constant matrix, by position.
@@ -44,6 +45,7 @@ class StateEquation:
     def __init__(self, pde: WeakForm, petsc_options: Mapping[str, Option], factor_budget: int) -> None:
         self.pde = pde
         choice = choose_solver(pde, petsc_options)
+        self.options = choice.options
         self._options = Options(choice.options, watched=petsc_options)
         self.factors = FactorPool(
             pde.jacobian,
@@ -319,7 +321,7 @@ class _NonlinearSolve:
             name = reason_name(PETSc.SNES.ConvergedReason, reason)
             linear = self._snes.getKSP().getConvergedReason()
             hint = f" (KSP: {reason_name(PETSc.KSP.ConvergedReason, linear)})" if linear < 0 else ""
-            way_out = f"; {WAY_OUT}" if linear < 0 and self._snes.getKSP().getPC().getType() != "lu" else ""
+            way_out = f"; {WAY_OUT}" if self._snes.getKSP().getPC().getType() != "lu" else ""
             self._snes.getKSP().reset()  # MUMPS does not factorise again after an error
             raise SolveFailed(
                 f"SNES stopped with {name}{hint} after {self._snes.getIterationNumber()} iterations, "

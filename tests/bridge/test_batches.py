@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 import fem_vi
+from fem_vi import parallel
 from fem_vi.pde import factors
 from tests.helpers import boundary_dofs, interpolated, left, square
 
@@ -101,5 +103,23 @@ def test_a_wrong_sample_of_a_block_is_found(monkeypatch: pytest.MonkeyPatch) -> 
         return plain(self)
 
     monkeypatch.setattr(factors.DenseBlock, "scales", spoil)
+    monkeypatch.setattr(factors.Factor, "_trusted", lambda self: False)
     with pytest.raises(fem_vi.SolveFailed, match=r"sample 2 of 4.*relative residual"):
         solve(torch.linspace(1, 2, 4, dtype=torch.float64)[:, None] * f, q)
+
+
+@pytest.mark.mpi
+def test_names_of_jacobians_tell_ranks_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A here and B there is not B here and A there, also where all ranks hash alike (PYTHONHASHSEED)."""
+    monkeypatch.setattr(parallel, "hash", lambda parts: zlib.crc32(repr(parts).encode()), raising=False)
+    a, b = np.zeros(2), np.ones(2)
+    first, second = (a, b) if COMM.rank == 0 else (b, a)
+    names = parallel.fingerprint(COMM, [[first], [second], [first]])
+    assert names[0] == names[2] != names[1]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_right_hand_sides_of_any_size(scale: float) -> None:
+    solve, (f, q), _ = sources(COMM)
+    assert torch.allclose(solve(scale * f, scale * q) / scale, solve(f, q), rtol=1e-10, atol=1e-14)

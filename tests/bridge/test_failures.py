@@ -6,6 +6,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import basix.ufl
 import dolfinx
 import numpy as np
 import pytest
@@ -234,3 +235,35 @@ def test_threads_take_turns() -> None:
     with ThreadPoolExecutor(2) as pool:
         for k, u in zip([0, 1] * 200, pool.map(lambda k: solve(inputs[k]), [0, 1] * 200), strict=True):
             assert torch.allclose(u, right[k], rtol=1e-12)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("options", [{}, {"pc_type": "lu"}, {"pc_type": "cholesky"}], ids=str)
+def test_a_singular_jacobian_is_found_where_the_right_hand_side_fits_it(options: dict[str, str]) -> None:
+    """Nothing fixes the constant: any of many states solves the system, and each has a small residual."""
+    msh = square(COMM)
+    V = fem.functionspace(msh, ("Lagrange", 1))
+    u, v, f = fem.Function(V), ufl.TestFunction(V), fem.Function(V)
+    F = ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx - f * (ufl.SpatialCoordinate(msh)[0] - 0.5) * v * ufl.dx
+    solve = fem_vi.Solve(fem_vi.WeakForm(F, state=u, inputs=[f]), petsc_options=options)
+    with pytest.raises(fem_vi.SolveFailed, match="singular"):
+        solve(interpolated(V, 0.0, 0.0) + 1.0)
+
+
+@pytest.mark.mpi
+def test_an_enclosed_flow_without_a_pressure_level_is_refused() -> None:
+    msh = square(COMM, 3)
+    cell = msh.basix_cell()
+    parts = [basix.ufl.element("Lagrange", cell, 2, shape=(2,)), basix.ufl.element("Lagrange", cell, 1)]
+    W = fem.functionspace(msh, basix.ufl.mixed_element(parts))
+    w, (v, q) = fem.Function(W), ufl.TestFunctions(W)
+    u, p = ufl.split(w)
+    mu = fem.Constant(msh, 1.0)
+    F = mu * ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx - p * ufl.div(v) * ufl.dx - q * ufl.div(u) * ufl.dx
+    V, _ = W.sub(0).collapse()
+    lid = fem.Function(V)
+    lid.interpolate(lambda x: np.stack([x[1] * x[0] * (1 - x[0]), 0 * x[0]]))
+    bc = fem.dirichletbc(lid, boundary_dofs(W.sub(0), everywhere, V), W.sub(0))
+    solve = fem_vi.Solve(fem_vi.WeakForm(F, state=w, inputs=[mu], bcs=[bc]))
+    with pytest.raises(fem_vi.SolveFailed):
+        solve(torch.tensor(1.0))

@@ -134,3 +134,25 @@ def test_tangents_of_failed_samples_are_nan(kind: str) -> None:
         _, moved = torch.func.jvp(lambda m: solve(m, f), (m,), (torch.ones_like(m),))
     assert bool(moved[list(FAILING)].isnan().all())
     assert bool(moved[[0, 2, 4]].isfinite().all())
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", ["linear", "nonlinear"])
+def test_second_derivatives_of_the_others(kind: str) -> None:
+    """Zero for failed samples whose cotangents are zero; those of the others are as without them."""
+    pde, V = diffusion(kind)
+    solve = fem_vi.Solve(pde, failed=fem_vi.MaskFailed())
+    m, f = samples(V)
+    alive = [k for k in range(5) if k not in FAILING]
+
+    def product(m: Tensor, rows: list[int]) -> Tensor:
+        m = m.detach().clone().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = fem_vi.all_sum(solve(m, f)[rows].square().sum(), COMM)
+        (g,) = torch.autograd.grad(loss, m, create_graph=True)
+        return torch.autograd.grad(fem_vi.all_sum(g[rows].square().sum(), COMM), m)[0]
+
+    among, alone = product(m, alive), product(m[alive], [0, 1, 2])
+    assert torch.equal(among[list(FAILING)], torch.zeros_like(among[list(FAILING)]))
+    assert torch.allclose(among[alive], alone, rtol=1e-8, atol=1e-12)

@@ -12,6 +12,7 @@ from dolfinx import fem
 from mpi4py import MPI
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fem_vi
 from tests.bridge.test_operators import every_case, fields_of, leaves, loss_of
@@ -332,3 +333,31 @@ def test_constant_inputs_of_a_form_keep_their_second_derivative() -> None:
     m0 = torch.linspace(-1, 1, V.dofmap.index_map.size_local, dtype=torch.float64).requires_grad_()
     c0 = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(solve, (m0, c0), fast_mode=True, check_fwd_over_rev=True)
+
+
+def test_tracing_is_refused() -> None:
+    """The trace would hold the solution as a constant."""
+    case = CASES["log_diffusion"](MPI.COMM_SELF)
+    solve, m = fem_vi.Solve(case.pde), case.values[0]
+    for trace in (lambda: torch.func.linearize(solve, m), lambda: make_fx(solve)(m)):
+        with pytest.raises(fem_vi.UnsupportedDerivative, match="traced"):
+            trace()
+
+
+def test_saved_tensors_may_be_packed() -> None:
+    """The backward reads what torch hands back, not the memory of the caller's tensor."""
+    case = CASES["source_and_data"](MPI.COMM_SELF)
+    form = CASES["log_diffusion"](MPI.COMM_SELF)
+    for each in (case, form):
+        solve = fem_vi.Solve(each.pde)
+        expected = torch.autograd.grad(solve(*(inputs := leaves(each))).square().sum(), inputs)
+        inputs = leaves(each)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+            copies = [x.clone() for x in inputs]
+            u = solve(*copies)
+            loss = u.square().sum()
+        with torch.no_grad():
+            for x in copies:
+                x.add_(1.0)
+        for a, b in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-13)
