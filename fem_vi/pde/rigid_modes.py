@@ -43,5 +43,6 @@ def _orthonormal(rows: Array, comm: Any) -> Array:
     for _ in range(2):
         gram = sum_over_ranks(comm, rows @ rows.T)
         scale = np.sqrt(np.diag(gram))
-        rows = np.linalg.solve(np.linalg.cholesky(gram / np.outer(scale, scale)), rows / scale[:, None])
+        factor = np.linalg.cholesky(gram / np.outer(scale, scale))
+        rows = np.asarray(np.linalg.solve(factor, rows / scale[:, None]), dtype=np.float64)
     return rows
