@@ -49,10 +49,6 @@ class Matrix:
         """Assemble at what is loaded in the form's Functions and Constants. Collective."""
         raise NotImplementedError
 
-    def create_vectors(self) -> tuple[PETSc.Vec, PETSc.Vec]:
-        """A vector that the matrix can multiply, and one that takes the product. Collective."""
-        return self.petsc.createVecs()  # type: ignore[no-any-return]
-
 
 class _SharedMatrix(Matrix):
     """On one rank: DOLFINx assembles into the arrays that PETSc reads, which takes a third less time than PETSc's insertion."""

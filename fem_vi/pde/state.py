@@ -69,7 +69,7 @@ class StateEquation:
             states: The owned coefficients of their states, `(num_samples, n_owned)`; needed for a form that is not linear.
 
         Returns:
-            One name for each sample; two are equal where, and only where, their Jacobians are.
+            One name for each sample: equal for equal contents, and by chance in 2^64 for others.
 
         MPI: Collective.
         """
