@@ -43,8 +43,8 @@ recipe() {
   echo "--variant=minbase"
   echo "--include=${packages#,}"
   echo "--dpkgopt=force-unsafe-io"
-  echo "--dpkgopt=path-exclude=/usr/share/man/*"
-  echo "--dpkgopt=path-exclude=/usr/share/locale/*"
+  # Not as --dpkgopt: mmdebstrap would look for mmtarfilter in the PATH, and for Python.
+  echo '--setup-hook=printf "path-exclude=/usr/share/%s/*\n" man locale >"$1/etc/dpkg/dpkg.cfg.d/01no-manuals"'
   # Debian sid's index says that it expires within days, and mirrors and caches lag.
   if [[ $suite == sid ]]; then echo '--aptopt=Acquire::Check-Valid-Until "false"'; fi
 }
