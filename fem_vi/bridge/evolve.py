@@ -22,8 +22,8 @@ from fem_vi.errors import InvalidInput, SolveFailed
 from fem_vi.pde.checkpoints import BinomialCheckpoints, Stored
 from fem_vi.pde.clock import check_set_by_evolve, create_clocks
 from fem_vi.pde.coordinates import CoordinateInput
-from fem_vi.pde.factors import Option
 from fem_vi.pde.inputs import Array, Input
+from fem_vi.pde.petsc_options import Option
 from fem_vi.pde.step import TimeStep, Trajectory
 from fem_vi.pde.weak_form import WeakForm
 

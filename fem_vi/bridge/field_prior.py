@@ -31,9 +31,9 @@ from fem_vi.bridge.linear import apply_linear
 from fem_vi.errors import InvalidInput
 from fem_vi.noise import standard_normal
 from fem_vi.parallel import all_values, raise_on_all, shared_seed
-from fem_vi.pde.factors import Option
 from fem_vi.pde.fields import SpdOperator, check_vertex_space, lumped_mass, node_names
 from fem_vi.pde.inputs import Array
+from fem_vi.pde.petsc_options import Option
 
 ROBIN = 1.0 / 1.42
 """Robin coefficient over kappa (Roininen, Huttunen, Lasanen 2014)."""

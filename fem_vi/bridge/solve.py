@@ -30,8 +30,8 @@ from fem_vi.bridge.split import Split
 from fem_vi.errors import SolveFailed
 from fem_vi.parallel import any_rank_each, raise_on_all
 from fem_vi.pde.adjoint import ResidualVjp
-from fem_vi.pde.factors import Option
 from fem_vi.pde.inputs import Array
+from fem_vi.pde.petsc_options import Option
 from fem_vi.pde.state import StateEquation
 from fem_vi.pde.tangent import ResidualTangent
 from fem_vi.pde.weak_form import WeakForm

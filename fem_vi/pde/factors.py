@@ -6,11 +6,8 @@ a collective act, at a time of its own choosing.
 
 from __future__ import annotations
 
-import itertools
-import warnings
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import ufl
@@ -23,58 +20,14 @@ from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.dense_block import DenseBlock
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.matrix import Matrix, MatrixForm
+from fem_vi.pde.petsc_options import Options
 
-Option = str | int | float | bool | None
-_counter = itertools.count()
 RESIDUAL_BOUND = 1e-6
 """Largest relative residual of a linear solve that is believed."""
 WAY_OUT = 'petsc_options={"pc_type": "lu"} takes a factorisation that fits any regular Jacobian'
 """What an error says of other methods."""
 BLOCK = 128
 """Right-hand sides that are solved at once."""
-
-
-def complete_options(given: Mapping[str, Option]) -> dict[str, Option]:
-    """The given options over the defaults: LU by MUMPS (by PETSc itself where MUMPS is not there), tight tolerances."""
-    options: dict[str, Option] = {"ksp_type": "preonly", "pc_type": "lu", **given}
-    if options["pc_type"] in ("lu", "cholesky") and PETSc.Sys.hasExternalPackage("mumps"):
-        options.setdefault("pc_factor_mat_solver_type", "mumps")
-    if options["ksp_type"] != "preonly":
-        options.setdefault("ksp_rtol", 1e-10)
-    return options
-
-
-class Options:
-    """PETSc options under a prefix that no other object has.
-
-    Args:
-        given: Options, without prefix.
-        watched: Those whose spelling is to be checked; all that are given, where this is None.
-    """
-
-    def __init__(self, given: Mapping[str, Option], watched: Iterable[str] | None = None) -> None:
-        self.prefix = f"fem_vi_{next(_counter)}_"
-        self._unchecked = list(given if watched is None else watched)
-        names = [self.prefix + name for name in complete_options(given)]
-        weakref.finalize(self, _forget, names)
-        database = PETSc.Options()
-        for name, value in complete_options(given).items():
-            database.setValue(self.prefix + name, value)
-
-    def warn_unused(self) -> None:
-        """Warn once of options that PETSc did not read, which is how a misspelt one shows."""
-        if not self._unchecked:
-            return
-        unused = [name for name in self._unchecked if not _compat.option_used(self.prefix + name)]
-        self._unchecked = []
-        if unused:
-            warnings.warn(f"PETSc did not use the options {', '.join(unused)}; check their spelling.", stacklevel=2)
-
-
-def _forget(names: list[str]) -> None:
-    database = PETSc.Options()
-    for name in names:
-        database.delValue(name)
 
 
 def reason_name(kind: type, reason: int) -> str:
@@ -87,6 +40,21 @@ def petsc_words(error: PETSc.Error) -> str:
     """The code and the cause of an error of PETSc, without its call stack, in one line."""
     lines = [line.split("] ", 1)[-1].strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[0]}, {lines[-1]}" if len(lines) > 1 else str(error)
+
+
+def lacks_workspace(ksp: PETSc.KSP) -> bool:
+    """Whether MUMPS gave up because more came into the factor than its analysis had foreseen, or into a message.
+
+    That happens to matrices that are not definite: pivots that are too small are put off to later fronts, which grow, and on
+    several ranks it differs from run to run.
+
+    References:
+        Amestoy, Duff, L'Excellent, Koster (2001), A fully asynchronous multifrontal solver; MUMPS users' guide, INFOG(1).
+    """
+    preconditioner = ksp.getPC()
+    if preconditioner.getType() not in ("lu", "cholesky") or preconditioner.getFactorSolverType() != "mumps":
+        return False
+    return preconditioner.getFactorMatrix().getMumpsInfog(1) in (-8, -9, -11, -14, -17, -20)
 
 
 class Factor:
@@ -118,7 +86,7 @@ class Factor:
         self._x, self._b = matrix.createVecs()
         self._residual = self._b.duplicate()
         self._block: DenseBlock | None = None
-        self._prefix = options.prefix
+        self._options = options
         self._transpose: PETSc.Mat | None = None
         self._transpose_is_old = True
         self._sound = True
@@ -251,12 +219,18 @@ class Factor:
         if not self._sound:
             self.ksp.reset()  # MUMPS does not factorise again after an error, and PETSc does not say so
         self._sound = False
+        self._set_up()
+        while lacks_workspace(self.ksp) and self._options.grow_workspace():
+            self.ksp.reset()
+            self._set_up()
+        self._transpose_is_old = True
+
+    def _set_up(self) -> None:
         try:
             self.ksp.setOperators(self.matrix)
             self.ksp.setUp()
         except PETSc.Error as error:
             raise SolveFailed(f"PETSc could not set the solver up: {petsc_words(error)}") from error
-        self._transpose_is_old = True
 
     def _run(self, ksp: PETSc.KSP, solve: Callable[[PETSc.Vec, PETSc.Vec], None]) -> PETSc.KSP:
         try:
@@ -270,7 +244,7 @@ class Factor:
         if self._transpose is None:
             self._transpose = PETSc.Mat()
             self._transpose_ksp = PETSc.KSP().create(self.matrix.comm)
-            self._transpose_ksp.setOptionsPrefix(self._prefix)
+            self._transpose_ksp.setOptionsPrefix(self._options.prefix)
             self._transpose_ksp.setFromOptions()
         if self._transpose_is_old:
             self.matrix.transpose(self._transpose)

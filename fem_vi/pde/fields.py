@@ -16,8 +16,9 @@ from fem_vi.errors import InvalidInput, SolveFailed
 from fem_vi.parallel import raise_on_all
 from fem_vi.pde import _compat
 from fem_vi.pde.assemble import VectorForm
-from fem_vi.pde.factors import Option, Options, reason_name
+from fem_vi.pde.factors import reason_name
 from fem_vi.pde.inputs import Array, local_size
+from fem_vi.pde.petsc_options import Option, Options
 
 
 class SpdOperator:

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from petsc4py import PETSc
 
-from fem_vi.pde.factors import Option, Options, complete_options
 from fem_vi.pde.generic_jacobian import SEED, GenericJacobian
 from fem_vi.pde.inputs import Array
+from fem_vi.pde.petsc_options import Option, Options, complete_options
 from fem_vi.pde.rigid_modes import rigid_modes
 from fem_vi.pde.weak_form import WeakForm
 

@@ -12,9 +12,10 @@ from fem_vi.parallel import fingerprint
 from fem_vi.pde.assemble import VectorForm, create_vector_form
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.coupling import InputMatrix, constant_matrices, without
-from fem_vi.pde.factors import WAY_OUT, FactorPool, Option, Options, petsc_words, reason_name
+from fem_vi.pde.factors import WAY_OUT, FactorPool, lacks_workspace, petsc_words, reason_name
 from fem_vi.pde.inputs import Array, FunctionInput
 from fem_vi.pde.matrix import Matrix
+from fem_vi.pde.petsc_options import Option, Options
 from fem_vi.pde.solver_choice import choose_solver
 from fem_vi.pde.weak_form import WeakForm
 
@@ -293,6 +294,7 @@ class _NonlinearSolve:
 
     def __init__(self, pde: WeakForm, factors: FactorPool, options: Options) -> None:
         self._pde = pde
+        self._options = options
         residual = _Residual(VectorForm(pde.form), pde.unknown, pde.boundary)
         matrix = factors.create_matrix()
         self._x, vector = matrix.petsc.createVecs()
@@ -310,24 +312,35 @@ class _NonlinearSolve:
         if start is not None:
             owned[:] = start
         self._pde.boundary.apply(guess)
-        self._x.array_w[:] = owned
+        ksp = self._snes.getKSP()
+        self._run(owned)
+        while self._snes.getConvergedReason() <= 0 and lacks_workspace(ksp) and self._options.grow_workspace():
+            ksp.reset()
+            self._run(owned)
+        if self._snes.getConvergedReason() <= 0:
+            failure = self._failure()
+            ksp.reset()  # MUMPS does not factorise again after an error
+            raise failure
+        return self._x.array_r.copy()  # type: ignore[no-any-return]
+
+    def _run(self, guess: Array) -> None:
+        self._x.array_w[:] = guess
         try:
             self._snes.solve(None, self._x)
         except PETSc.Error as error:
             self._snes.getKSP().reset()
             raise SolveFailed(f"PETSc failed inside SNES: {petsc_words(error)}") from error
-        reason = self._snes.getConvergedReason()
-        if reason <= 0:
-            name = reason_name(PETSc.SNES.ConvergedReason, reason)
-            linear = self._snes.getKSP().getConvergedReason()
-            hint = f" (KSP: {reason_name(PETSc.KSP.ConvergedReason, linear)})" if linear < 0 else ""
-            way_out = f"; {WAY_OUT}" if self._snes.getKSP().getPC().getType() != "lu" else ""
-            self._snes.getKSP().reset()  # MUMPS does not factorise again after an error
-            raise SolveFailed(
-                f"SNES stopped with {name}{hint} after {self._snes.getIterationNumber()} iterations, "
-                f"residual norm {self._snes.getFunctionNorm():.1e}{way_out}"
-            )
-        return self._x.array_r.copy()  # type: ignore[no-any-return]
+
+    def _failure(self) -> SolveFailed:
+        """What SNES, and the linear solver inside it, say of a solve that did not converge."""
+        ksp = self._snes.getKSP()
+        linear = ksp.getConvergedReason()
+        hint = f" (KSP: {reason_name(PETSc.KSP.ConvergedReason, linear)})" if linear < 0 else ""
+        way_out = f"; {WAY_OUT}" if ksp.getPC().getType() != "lu" else ""
+        return SolveFailed(
+            f"SNES stopped with {reason_name(PETSc.SNES.ConvergedReason, self._snes.getConvergedReason())}{hint} after "
+            f"{self._snes.getIterationNumber()} iterations, residual norm {self._snes.getFunctionNorm():.1e}{way_out}"
+        )
 
 
 class _Residual:

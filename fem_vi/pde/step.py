@@ -17,8 +17,8 @@ import numpy as np
 from fem_vi.errors import SolveFailed
 from fem_vi.pde.adjoint import ResidualVjp
 from fem_vi.pde.coupling import create_coupling
-from fem_vi.pde.factors import Option
 from fem_vi.pde.inputs import Array
+from fem_vi.pde.petsc_options import Option
 from fem_vi.pde.state import StateEquation
 from fem_vi.pde.weak_form import WeakForm
 

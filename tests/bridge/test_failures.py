@@ -18,6 +18,7 @@ from petsc4py import PETSc
 from torch import Tensor
 
 import fem_vi
+from fem_vi.pde import petsc_options
 from tests.helpers import CASES, boundary_dofs, everywhere, interpolated, square
 
 COMM = MPI.COMM_WORLD
@@ -267,3 +268,29 @@ def test_an_enclosed_flow_without_a_pressure_level_is_refused() -> None:
     solve = fem_vi.Solve(fem_vi.WeakForm(F, state=w, inputs=[mu], bcs=[bc]))
     with pytest.raises(fem_vi.SolveFailed):
         solve(torch.tensor(1.0))
+
+
+def mixed_poisson(*, nonlinear: bool) -> fem_vi.WeakForm:
+    """sigma = grad u, -div sigma - u^3 / 10 = m in the lowest Raviart-Thomas element: MUMPS puts off pivots of size zero."""
+    msh = mesh.create_unit_square(COMM, 64, 64)
+    parts = [basix.ufl.element("RT", "triangle", 1), basix.ufl.element("DG", "triangle", 0)]
+    W = fem.functionspace(msh, basix.ufl.mixed_element(parts))
+    w, m, (tau, v) = fem.Function(W), fem.Constant(msh, 1.0), ufl.TestFunctions(W)
+    sigma, u = ufl.split(w)
+    F = (ufl.inner(sigma, tau) + u * ufl.div(tau) + v * ufl.div(sigma) + m * v) * ufl.dx
+    if nonlinear:
+        F += 0.1 * u**3 * v * ufl.dx
+    return fem_vi.WeakForm(F, state=w, inputs=[m])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_mumps_gets_the_workspace_that_it_lacks(nonlinear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pde, one = mixed_poisson(nonlinear=nonlinear), torch.ones((), dtype=torch.float64)
+    expected = fem_vi.Solve(pde)(one)
+    little = {"mat_mumps_icntl_14": 0, "pc_type": "cholesky"}
+    assert torch.allclose(fem_vi.Solve(pde, petsc_options=little)(one), expected, rtol=1e-9, atol=1e-12)
+    if COMM.size == 1:  # what MUMPS needs depends on how it shares the work
+        monkeypatch.setattr(petsc_options, "MOST_WORKSPACE", 0)
+        with pytest.raises(fem_vi.SolveFailed, match="DIVERGED_PCSETUP_FAILED"):
+            fem_vi.Solve(pde, petsc_options=little)(one)

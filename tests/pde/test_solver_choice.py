@@ -15,8 +15,8 @@ from petsc4py import PETSc
 
 import fem_vi
 from fem_vi.pde import solver_choice
-from fem_vi.pde.factors import Options
 from fem_vi.pde.generic_jacobian import SYMMETRY_BOUND, GenericJacobian, relative_asymmetry
+from fem_vi.pde.petsc_options import Options
 from fem_vi.pde.rigid_modes import rigid_modes
 from fem_vi.pde.solver_choice import SolverChoice, choose_solver
 from tests.helpers import CASES, Case, boundary_dofs, everywhere, left, square
