@@ -57,6 +57,15 @@ class Call:
         """Samples in the flattened batch."""
         return math.prod(self.batch)
 
+    def flat(self, tensors: Sequence[Tensor], expected: Sequence[Argument]) -> list[Array]:
+        """The values of each input, or of its tangent, `(num_rows, size)`."""
+        if not self.batch:
+            return [as_numpy(x).reshape(1, given.size) for x, given in zip(tensors, expected, strict=True)]
+        return [  # rows are counted, since a rank may own no entries
+            as_numpy(x).reshape(math.prod(x.shape[: x.ndim - len(given.shape)]), given.size)
+            for x, given in zip(tensors, expected, strict=True)
+        ]
+
     def values(self, flat: Sequence[Array], sample: int) -> list[Array]:
         """The values of each input for one sample."""
         return [array[rows[sample]] for array, rows in zip(flat, self.rows, strict=True)]

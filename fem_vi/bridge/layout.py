@@ -146,7 +146,6 @@ def gather(x: Tensor, V: FunctionSpace) -> Tensor:
 
 def as_numpy(x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
     """A float64 NumPy view (or copy, where the type or device differs) of a tensor's values."""
-    values = x.detach()
-    if not (values.is_cpu and values.dtype is torch.float64):
-        values = values.to(device="cpu", dtype=torch.float64)
-    return values.numpy()
+    if x.dtype is not torch.float64:
+        x = x.to(torch.float64)
+    return x.numpy(force=True)

@@ -126,7 +126,7 @@ class BatchedOperator(ABC):
             check_finite(self._name, inputs, self.inputs)
         self._check_ranks(batch, inputs)
         call = Call(next(_calls), batch, rows, keep)
-        flat = self._flat(inputs)
+        flat = self._flat(call, inputs)
         if self._moving:
             self._exclusively(self._check_cells, flat)
         values = self._exclusively(self._forward, call, flat)
@@ -137,9 +137,9 @@ class BatchedOperator(ABC):
     ) -> tuple[Array, list[Tensor | None]]:
         """lam, `(num_samples, n_out)`, and the gradients of the inputs that want one, each in its shape. Collective."""
         self._check_mesh()
-        flat = self._flat(inputs)
+        flat = self._flat(call, inputs)
         grads = [np.zeros(x.shape) if want else None for x, want in zip(flat, wanted, strict=True)]
-        lam = self._exclusively(self._backward, call, flat, self._rows(out), self._rows(g), grads)
+        lam = self._exclusively(self._backward, call, flat, self._rows(call, out), self._rows(call, g), grads)
         return lam, [
             None if row is None else torch.from_numpy(row.reshape(x.shape)) for row, x in zip(grads, inputs, strict=True)
         ]
@@ -147,7 +147,9 @@ class BatchedOperator(ABC):
     def push_forward(self, call: Call, out: Tensor, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
         """The tangent of the output. Collective."""
         self._check_mesh()
-        values = self._exclusively(self._pushforward, call, self._flat(inputs), self._rows(out), self._flat(tangents))
+        values = self._exclusively(
+            self._pushforward, call, self._flat(call, inputs), self._rows(call, out), self._flat(call, tangents)
+        )
         return torch.from_numpy(values.reshape(out.shape))
 
     def bend(
@@ -155,9 +157,9 @@ class BatchedOperator(ABC):
     ) -> tuple[Tensor, list[Tensor]]:
         """The curvature: for the output, and for all inputs. Collective."""
         self._check_mesh()
-        flat = self._flat(inputs)
+        flat = self._flat(call, inputs)
         grads = [np.zeros(x.shape) for x in flat]
-        bend = Bend(self._rows(lam), self._rows(out), self._rows(out_dot), self._flat(tangents))
+        bend = Bend(self._rows(call, lam), self._rows(call, out), self._rows(call, out_dot), self._flat(call, tangents))
         at_out = np.zeros_like(bend.out)
         self._exclusively(self._curvature, call, flat, bend, at_out, grads)
         return (
@@ -196,16 +198,13 @@ class BatchedOperator(ABC):
         with raise_on_all(self.comm):
             self._mesh.check_unchanged()
 
-    def _flat(self, inputs: Sequence[Tensor]) -> list[Array]:
-        """The values of each input, one row for each sample that it has (counted, since a rank may own no entries)."""
-        return [
-            as_numpy(x).reshape(math.prod(x.shape[: x.ndim - len(given.shape)]), given.size)
-            for x, given in zip(inputs, self.inputs, strict=True)
-        ]
+    def _flat(self, call: Call, tensors: Sequence[Tensor]) -> list[Array]:
+        """The values of each input, or of its tangent, one row for each sample that it has."""
+        return call.flat(tensors, self.inputs)
 
-    def _rows(self, out: Tensor) -> Array:
+    def _rows(self, call: Call, out: Tensor) -> Array:
         """The values of a tensor in the shape of the output, one row for each sample."""
-        return as_numpy(out).reshape(math.prod(out.shape[: out.ndim - len(self._output_shape)]), self._output_size)
+        return as_numpy(out).reshape(call.num_samples, self._output_size)
 
     @property
     def _name(self) -> str:

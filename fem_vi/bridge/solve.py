@@ -172,10 +172,19 @@ class Solve(BatchedOperator):
         """
         if not self.pde.is_linear and states is None:
             return [_Group(None, [sample], [call.values(flat, sample)]) for sample in range(call.num_samples)]
+        if call.num_samples == 1:
+            return [self._single(call, flat, states)]
         if "groups" not in call.saved:
             call.saved["groups"] = self._samples_of_keys(call, flat, states)
         groups: dict[Hashable, list[int]] = call.saved["groups"]
         return [_Group(key, samples, [call.values(flat, sample) for sample in samples]) for key, samples in groups.items()]
+
+    def _single(self, call: Call, flat: Sequence[Array], states: Array | None) -> _Group:
+        """The group of a call with one sample."""
+        values = [call.values(flat, 0)]
+        if "key" not in call.saved:
+            (call.saved["key"],) = self._equation.keys(values, states)
+        return _Group(call.saved["key"], [0], values)
 
     def _samples_of_keys(self, call: Call, flat: Sequence[Array], states: Array | None) -> dict[Hashable, list[int]]:
         """The samples of each Jacobian; no values, which stay with the tensors that torch has saved."""

@@ -108,7 +108,7 @@ class Factor:
 
         MPI: Collective.
         """
-        self._b.array_w[:] = b
+        self._b.setArray(b)
         largest = self._b.norm(PETSc.NormType.INFINITY)
         if largest == 0.0:
             return np.zeros_like(b)
