@@ -20,7 +20,7 @@ lint:  ## ruff and mypy
 
 test-1:
 	@echo "Tests on 1 rank"
-	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) --ignore=tests/test_demos.py
+	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) -n auto --maxprocesses=4 --ignore=tests/test_demos.py
 
 test-2 test-3: test-%:
 	@echo "Tests on $* ranks"
