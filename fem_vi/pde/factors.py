@@ -54,7 +54,10 @@ def lacks_workspace(ksp: PETSc.KSP) -> bool:
     preconditioner = ksp.getPC()
     if preconditioner.getType() not in ("lu", "cholesky") or preconditioner.getFactorSolverType() != "mumps":
         return False
-    return preconditioner.getFactorMatrix().getMumpsInfog(1) in (-8, -9, -11, -14, -17, -20)
+    if preconditioner.getFailedReason() == PETSc.PC.FailedReason.NOERROR:
+        return False
+    factor = preconditioner.getFactorMatrix()
+    return bool(factor) and factor.getMumpsInfog(1) in (-8, -9, -11, -14, -17, -20)
 
 
 class Factor:
