@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fem_vi.bridge.call import Call
 from fem_vi.bridge.lanes import Lanes
-from fem_vi.bridge.tracing import check_not_traced
+from fem_vi.bridge.tracing import check_not_traced, check_one_by_one
 
 if TYPE_CHECKING:
     from fem_vi.bridge.operator import BatchedOperator
@@ -59,6 +59,7 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         out, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
+        check_one_by_one(type(ctx.operator).__name__, g)
         if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated
             return None, None, *_Pullback.apply(ctx.operator, ctx.call, wanted, g, out, *inputs)[1:]
         return None, None, *ctx.operator.pull_back(ctx.call, g, out, inputs, wanted)[1]

@@ -344,6 +344,15 @@ def test_tracing_is_refused() -> None:
             trace()
 
 
+def test_batched_cotangents_of_autograd_are_refused() -> None:
+    case = CASES["log_diffusion"](MPI.COMM_SELF)
+    m = case.values[0].clone().requires_grad_()
+    u = fem_vi.Solve(case.pde)(m)
+    cotangents = torch.eye(u.numel(), dtype=torch.float64)
+    with pytest.raises(fem_vi.UnsupportedDerivative, match=r"is_grads_batched.*jacrev"):
+        torch.autograd.grad(u, m, cotangents, is_grads_batched=True)
+
+
 def test_saved_tensors_may_be_packed() -> None:
     """The backward reads what torch hands back, not the memory of the caller's tensor."""
     case = CASES["source_and_data"](MPI.COMM_SELF)
