@@ -8,7 +8,8 @@
 #
 # A density cannot jump from cell to cell: $\rho$ solves $-r^2 \Delta \rho + \rho = s(\theta)$, which smooths over lengths
 # of $r$, with $s$ the logistic function; a smooth step then pushes it towards 0 and 1. Mixtures conduct less than their share:
-# $k = k_0 + (1 - k_0) \rho^p$ (SIMP). The exponent and the steepness of the step grow in stages.
+# $k = k_0 + (1 - k_0) \rho^p$ (SIMP). The exponent and the steepness of the step grow in stages. Each stage starts from the
+# design of the last one, and at first makes it warmer: mixtures that it still contains count for less.
 #
 #     python demos/demo_heat_sink.py               # some ten seconds; the picture goes to runs/heat_sink
 #     mpirun -n 2 python demos/demo_heat_sink.py   # on two ranks: another of many minima, within 1 %
