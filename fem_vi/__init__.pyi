@@ -28,6 +28,7 @@ from .errors import UnsupportedDerivative as UnsupportedDerivative
 from .errors import UnsupportedForm as UnsupportedForm
 from .parallel import ProcessGrid as ProcessGrid
 from .pde.coordinates import coordinates as coordinates
+from .pde.kernels import AssembledKernel as AssembledKernel
 from .pde.mesh import MeshData as MeshData
 from .pde.mesh import read_mesh as read_mesh
 from .pde.points import MaskOutside as MaskOutside
