@@ -12,7 +12,8 @@ from fem_vi.pde.lane_code import LaneFormatter
 from fem_vi.pde.lane_runtime import HEAD, TAIL, scalar_function, vector_function
 
 _TWO_ARGUMENTS = ("pow", "atan2")
-_NEVER_VECTORS = ("jn", "yn", "sqrt", "fabs", "fmin", "fmax")
+_OF_THE_RUNTIME = {"sqrt", "fabs", "fmin", "fmax", "exp"}
+_BESSEL = ("jn", "yn")
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ def source(codes: Sequence[IntegralCode], plan: Plan) -> str:
     constants = [f"#define VECTORS {plan.vectors}", f"#define NUM_IN {num_in}", f"#define NUM_OUT {len(plan.blocks)}"]
     calls = "".join(f"  integrate_{number}(job, X, Y);\n" for number in range(len(codes)))
     integrate = f"static void integrate(const Job *job, vec *const *X, vec *const *Y)\n{{\n{calls}}}\n"
-    maths = [_mathematics(name) for name in sorted(functions - {"sqrt", "fabs", "fmin", "fmax"})]
+    maths = [_mathematics(name) for name in sorted(functions - _OF_THE_RUNTIME)]
     return "\n".join([*constants, HEAD, *maths, *loops, integrate, TAIL])
 
 
 def _mathematics(name: str) -> str:
-    symbol = None if name in _NEVER_VECTORS else vector_symbol(name, 2 if name in _TWO_ARGUMENTS else 1)
+    symbol = None if name in _BESSEL else vector_symbol(name, 2 if name in _TWO_ARGUMENTS else 1)
     return vector_function(name, symbol) if symbol else scalar_function(name)
 
 
