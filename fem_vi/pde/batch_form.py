@@ -23,7 +23,6 @@ from fem_vi.pde.inputs import Array, ConstantInput, Input
 from fem_vi.pde.lane_job import CEntities, CField, CJob, ConstantSpace, FieldSpace, Geometry, Rows, address
 from fem_vi.pde.lane_source import Plan, source
 
-_VECTORS = 1  # SIMD vectors of a block
 _ALIGNMENT = 64
 
 
@@ -134,12 +133,11 @@ class BatchForm:
             [space.layout for space in self._out],
             mesh.geometry.dofmap.shape[1],
             mesh.geometry.facets,
-            _VECTORS,
         )
         with raise_on_all(mesh.comm):
             text = source(self._codes, plan)
         self._library = load_library(text, mesh.comm)
-        self._width = ctypes.c_int64.in_dll(self._library, "fem_vi_width").value
+        self._lanes = ctypes.c_int64.in_dll(self._library, "fem_vi_lanes").value
         self._entities = [mesh.entities(code) for code in self._codes]
         self._c_entities = (CEntities * len(self._codes))(
             *(CEntities(address(entities), len(entities)) for entities in self._entities)
@@ -159,7 +157,7 @@ class BatchForm:
         inputs = [self._input(symbol, values, keep) for symbol in self._functions]
         if self._constants:
             inputs.append(self._constant_input(num_samples, values, keep))
-        num_blocks = -(-num_samples // self._width)
+        num_blocks = -(-num_samples // self._lanes)
         sums = [
             _create_sum(space, grad, num_blocks, self._mesh.comm) for space, grad in zip(self._out, grads, strict=True)
         ]
@@ -198,9 +196,9 @@ class BatchForm:
     def _run(self, num_samples: int, inputs: Sequence[CField], outputs: Sequence[CField]) -> None:
         """Share the blocks of samples out among threads. Not collective."""
         mesh, geometry = self._mesh, self._mesh.geometry
-        num_blocks = -(-num_samples // self._width)
+        num_blocks = -(-num_samples // self._lanes)
         num_threads = max(1, min(mesh.num_threads, num_blocks))
-        size = self._width * sum(field.num_local for field in (*(given for given in inputs if given.rows), *outputs))
+        size = self._lanes * sum(field.num_local for field in (*(given for given in inputs if given.rows), *outputs))
         c_in, c_out = (CField * max(1, len(inputs)))(*inputs), (CField * len(outputs))(*outputs)
         bounds = [num_blocks * thread // num_threads for thread in range(num_threads + 1)]
         jobs = [

@@ -16,6 +16,7 @@ import numpy as np
 
 from fem_vi.errors import UnsupportedForm
 from fem_vi.pde.lane_factors import without_invariants
+from fem_vi.pde.lane_rank import with_fewer_columns
 from fem_vi.pde.lane_tree import names, walk
 
 _UNARY = {
@@ -66,7 +67,7 @@ class LaneFormatter:
     """
 
     def __init__(self, tree: Any, batched: frozenset[str]) -> None:
-        self._tree = without_invariants(tree, lane_symbols(tree, batched))
+        self._tree = with_fewer_columns(without_invariants(tree, lane_symbols(tree, batched)))
         self._lanes = lane_symbols(self._tree, batched)
         self._tables: dict[str, np.ndarray[Any, Any]] = {}
         self._indices: dict[str, int] = {}  # of the loops that are being unrolled

@@ -12,12 +12,12 @@ linear functions, one sum over q of e_q . w_q serves all i:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from typing import Any
 
 import ffcx.codegeneration.lnodes as L
 
-from fem_vi.pde.lane_tree import names, walk
+from fem_vi.pde.lane_tree import flat, is_quadrature_loop, is_tensor, names, operands, product, text, walk
 
 
 def without_invariants(tree: Any, lanes: Set[str]) -> Any:
@@ -28,31 +28,12 @@ def without_invariants(tree: Any, lanes: Set[str]) -> Any:
         lanes: Names of the variables that are vectors of samples.
     """
     statements: list[Any] = []
-    for number, node in enumerate(_flat(tree)):
-        if _is_quadrature_loop(node):
+    for number, node in enumerate(flat(tree)):
+        if is_quadrature_loop(node):
             statements += _Loop(node, number, lanes).rewritten()
         else:
             statements.append(node)
     return L.StatementList(statements)
-
-
-def _flat(node: Any) -> Iterator[Any]:
-    """Statements without lists of statements among them."""
-    if isinstance(node, L.StatementList):
-        for below in node.statements:
-            yield from _flat(below)
-    else:
-        yield node
-
-
-def _is_quadrature_loop(node: Any) -> bool:
-    return isinstance(node, L.ForRange) and isinstance(node.index, L.Symbol) and any(
-        isinstance(below, L.AssignAdd) and _is_tensor(below.lhs) for below in walk(node)
-    )
-
-
-def _is_tensor(node: Any) -> bool:
-    return isinstance(node, L.ArrayAccess) and node.array.name == "A"
 
 
 class _Loop:
@@ -98,7 +79,7 @@ class _Loop:
         """Statements with what is to be done at each point, and what afterwards."""
         within: list[Any] = []
         after: list[Any] = []
-        for node in _flat(body):
+        for node in flat(body):
             if _is_tensor_sum(node):
                 here, there = self._tensor_sum(node)
                 within += here
@@ -117,23 +98,23 @@ class _Loop:
 
     def _tensor_sum(self, node: Any) -> tuple[list[Any], list[Any]]:
         """A_i += f . T_i, at each point or, where T_i does not vary, afterwards."""
-        factors = _operands(node.expr.rhs)
+        factors = operands(node.expr.rhs)
         f = next((x for x in factors if isinstance(x, L.Symbol)), None)
         fixed, varying = ([], []) if f is None else self._split(f)
         if not fixed or not varying:
             return [node], []
         rest = [x for x in factors if x is not f]
         if all(self._is_fixed(x) for x in rest):
-            at_point = self._product(self._within, "at_point", varying)
-            whole = [self._product(self._before, "fixed", fixed), self._sum(at_point), *rest]
+            at_point = self._variable(self._within, "at_point", varying)
+            whole = [self._variable(self._before, "fixed", fixed), self._sum(at_point), *rest]
             return [], [L.AssignAdd(node.expr.lhs, L.Product(whole))]
         if any(map(self._is_lane, fixed)):
-            parts = [self._product(self._before, "fixed", fixed), self._product(self._within, "at_point", varying)]
-            return [L.AssignAdd(node.expr.lhs, _product([self._product(self._within, "at_point", parts), *rest]))], []
+            parts = [self._variable(self._before, "fixed", fixed), self._variable(self._within, "at_point", varying)]
+            return [L.AssignAdd(node.expr.lhs, product([self._variable(self._within, "at_point", parts), *rest]))], []
         vectors, numbers = [x for x in varying if self._is_lane(x)], [x for x in varying if not self._is_lane(x)]
-        scale = self._product(self._within, "scale", [*fixed, *numbers])
-        whole = [self._product(self._within, "at_point", [*vectors, scale]), *rest]
-        return [L.AssignAdd(node.expr.lhs, _product(whole))], []
+        scale = self._variable(self._within, "scale", [*fixed, *numbers])
+        whole = [self._variable(self._within, "at_point", [*vectors, scale]), *rest]
+        return [L.AssignAdd(node.expr.lhs, product(whole))], []
 
     def _is_lane(self, node: Any) -> bool:
         return not self._lanes.isdisjoint(names(node)) or any(name.startswith(self._prefix) for name in names(node))
@@ -155,7 +136,7 @@ class _Loop:
             return (fixed, varying) if fixed and varying else ([], [node])
         if isinstance(node, L.Mul | L.Product):
             fixed, varying = [], []
-            for x in _operands(node):
+            for x in operands(node):
                 more_fixed, more_varying = self._factors(x)
                 fixed += more_fixed
                 varying += more_varying
@@ -171,14 +152,14 @@ class _Loop:
     def _is_constant(self, node: Any) -> bool:
         return names(node).isdisjoint(self._varying)
 
-    def _product(self, where: dict[str, Any], name: str, factors: list[Any]) -> Any:
+    def _variable(self, where: dict[str, Any], name: str, factors: list[Any]) -> Any:
         """A variable for a product, the same for the same factors."""
         if len(factors) == 1 and isinstance(factors[0], L.Symbol):
             return factors[0]
-        key = " ".join(sorted(map(_text, factors)))
+        key = " ".join(sorted(map(text, factors)))
         if key not in where:
             dtype = L.DataType.SCALAR
-            where[key] = L.VariableDecl(L.Symbol(f"{self._prefix}_{name}_{len(where)}", dtype=dtype), _product(factors))
+            where[key] = L.VariableDecl(L.Symbol(f"{self._prefix}_{name}_{len(where)}", dtype=dtype), product(factors))
         return where[key].symbol
 
     def _sum(self, at_point: Any) -> Any:
@@ -193,18 +174,4 @@ class _Loop:
 
 def _is_tensor_sum(node: Any) -> bool:
     inner = node.expr if type(node) is L.Statement else None
-    return isinstance(inner, L.AssignAdd) and _is_tensor(inner.lhs)
-
-
-def _operands(node: Any) -> list[Any]:
-    if isinstance(node, L.Product):
-        return list(node.args)
-    return [node.lhs, node.rhs] if isinstance(node, L.Mul) else [node]
-
-
-def _product(factors: list[Any]) -> Any:
-    return factors[0] if len(factors) == 1 else L.Product(factors)
-
-
-def _text(node: Any) -> str:
-    return " ".join([type(node).__name__, *(str(getattr(below, "name", getattr(below, "value", ""))) for below in walk(node))])
+    return isinstance(inner, L.AssignAdd) and is_tensor(inner.lhs)

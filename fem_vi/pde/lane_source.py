@@ -47,7 +47,6 @@ class Plan:
         blocks: Layout of each block of the result, in the order in which they follow each other in the element tensor.
         geometry_nodes: Nodes of a cell.
         facets: Facets of a cell.
-        vectors: SIMD vectors of samples that a cell works on in turn.
     """
 
     coefficients: Mapping[Any, Layout]
@@ -56,7 +55,6 @@ class Plan:
     blocks: Sequence[Layout]
     geometry_nodes: int
     facets: int
-    vectors: int
 
 
 def source(codes: Sequence[IntegralCode], plan: Plan) -> str:
@@ -68,7 +66,7 @@ def source(codes: Sequence[IntegralCode], plan: Plan) -> str:
         loops += [_tabulate(number, formatter.body(), plan), _loop(number, code, plan)]
         functions |= formatter.functions
     num_in = len(plan.coefficients) + (plan.num_constants > 0)
-    constants = [f"#define VECTORS {plan.vectors}", f"#define NUM_IN {num_in}", f"#define NUM_OUT {len(plan.blocks)}"]
+    constants = [f"#define NUM_IN {num_in}", f"#define NUM_OUT {len(plan.blocks)}"]
     calls = "".join(f"  integrate_{number}(job, X, Y);\n" for number in range(len(codes)))
     integrate = f"static void integrate(const Job *job, vec *const *X, vec *const *Y)\n{{\n{calls}}}\n"
     maths = [_mathematics(name) for name in sorted(functions - _OF_THE_RUNTIME)]
@@ -109,12 +107,11 @@ def _loop(number: int, code: IntegralCode, plan: Plan) -> str:
         *(f"    load_geometry(cell_x + {3 * nodes * side}, job, {cell}, {nodes});" for side, cell in enumerate(cells)),
         f"    const int facet[] = {{{', '.join(facets)}}};",
         f"    const uint8_t permutation[] = {{{', '.join(permutations)}}};",
-        "    for (int v = 0; v < VECTORS; ++v) {",
-        f"      vec w[{max(1, _extent(code, plan, sides))}], A[{code.size}] = {{}};",
+        f"    vec w[{max(1, _extent(code, plan, sides))}], A[{code.size}] = {{}};",
         *_gather(code, plan, cells),
-        f"      tabulate_{number}(A, w, {_constants_at(plan)}, cell_x, facet, permutation);",
+        f"    tabulate_{number}(A, w, {'c' if plan.num_constants else '0'}, cell_x, facet, permutation);",
         *_scatter(plan, cells),
-        "    }\n  }\n}\n",
+        "  }\n}\n",
     ]
     return "\n".join(lines)
 
@@ -131,16 +128,10 @@ def _constants(plan: Plan) -> list[str]:
     if not plan.constants_vary:
         return [f"  const double *c = job->in[{position}].owned;"]
     return [
-        f"  vec c[VECTORS][{count}];",
-        f"  for (int v = 0; v < VECTORS; ++v)\n    for (int i = 0; i < {count}; ++i)",
-        f"      c[v][i] = job->in[{position}].rows ? X[{position}][i * VECTORS + v] : spread(job->in[{position}].owned[i]);",
+        f"  vec c[{count}];",
+        f"  for (int i = 0; i < {count}; ++i)",
+        f"    c[i] = job->in[{position}].rows ? X[{position}][i] : spread(job->in[{position}].owned[i]);",
     ]
-
-
-def _constants_at(plan: Plan) -> str:
-    if not plan.num_constants:
-        return "0"
-    return "c[v]" if plan.constants_vary else "c"
 
 
 def _gather(code: IntegralCode, plan: Plan, cells: Sequence[str]) -> list[str]:
@@ -148,7 +139,7 @@ def _gather(code: IntegralCode, plan: Plan, cells: Sequence[str]) -> list[str]:
     for position, (given, layout) in enumerate(plan.coefficients.items()):
         for side, cell in enumerate(cells if given in code.offsets else ()):
             begin = code.offsets[given] + side * layout.size
-            lines.append(f"      load(w + {begin}, job->in + {position}, X[{position}], {cell}, {_shape(layout)}, v);")
+            lines.append(f"    load(w + {begin}, job->in + {position}, X[{position}], {cell}, {_shape(layout)});")
     return lines
 
 
@@ -156,7 +147,7 @@ def _scatter(plan: Plan, cells: Sequence[str]) -> list[str]:
     lines, begin = [], 0
     for cell in cells:
         for position, layout in enumerate(plan.blocks):
-            lines.append(f"      store(A + {begin}, job->out + {position}, Y[{position}], {cell}, {_shape(layout)}, v);")
+            lines.append(f"    store(A + {begin}, job->out + {position}, Y[{position}], {cell}, {_shape(layout)});")
             begin += layout.size
     return lines
 

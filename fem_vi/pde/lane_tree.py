@@ -28,3 +28,40 @@ def walk(node: Any) -> Iterator[Any]:
 def names(node: Any) -> set[str]:
     """The names of all symbols of an expression."""
     return {below.name for below in walk(node) if isinstance(below, L.Symbol)}
+
+
+def flat(node: Any) -> Iterator[Any]:
+    """Statements without lists of statements among them."""
+    if isinstance(node, L.StatementList):
+        for below in node.statements:
+            yield from flat(below)
+    else:
+        yield node
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether an expression is an entry of the element tensor."""
+    return isinstance(node, L.ArrayAccess) and bool(node.array.name == "A")
+
+
+def is_quadrature_loop(node: Any) -> bool:
+    """Whether a statement is a loop over points that adds to the element tensor."""
+    adds = (isinstance(below, L.AssignAdd) and is_tensor(below.lhs) for below in walk(node))
+    return isinstance(node, L.ForRange) and isinstance(node.index, L.Symbol | L.MultiIndex) and any(adds)
+
+
+def operands(node: Any) -> list[Any]:
+    """The factors of a product, or the expression alone."""
+    if isinstance(node, L.Product):
+        return list(node.args)
+    return [node.lhs, node.rhs] if isinstance(node, L.Mul) else [node]
+
+
+def product(factors: list[Any]) -> Any:
+    """The product of some factors, at least one."""
+    return factors[0] if len(factors) == 1 else L.Product(factors)
+
+
+def text(node: Any) -> str:
+    """An expression spelled out: equal for equal expressions."""
+    return " ".join([type(node).__name__, *(str(getattr(below, "name", getattr(below, "value", ""))) for below in walk(node))])
