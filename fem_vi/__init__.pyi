@@ -16,6 +16,7 @@ from .bridge.solve import MaskFailed as MaskFailed
 from .bridge.solve import RaiseFailed as RaiseFailed
 from .bridge.solve import Solve as Solve
 from .bridge.split import Split as Split
+from .errors import CompilerFailed as CompilerFailed
 from .errors import FailedOnAnotherRank as FailedOnAnotherRank
 from .errors import FemViError as FemViError
 from .errors import InvalidInput as InvalidInput
@@ -27,7 +28,9 @@ from .errors import SolveFailed as SolveFailed
 from .errors import UnsupportedDerivative as UnsupportedDerivative
 from .errors import UnsupportedForm as UnsupportedForm
 from .parallel import ProcessGrid as ProcessGrid
+from .pde.compiled import CompiledKernel as CompiledKernel
 from .pde.coordinates import coordinates as coordinates
+from .pde.kernels import AssembledKernel as AssembledKernel
 from .pde.mesh import MeshData as MeshData
 from .pde.mesh import read_mesh as read_mesh
 from .pde.points import MaskOutside as MaskOutside

@@ -39,7 +39,7 @@ def apply(operator: BatchedOperator, keep: bool, inputs: Sequence[Tensor]) -> Te
 
     MPI: Collective.
     """
-    check_not_traced(type(operator).__name__)
+    check_not_traced(operator._name)
     function = _TransformableApply if _transforms_are_active() else _Apply
     return function.apply(operator, keep, *inputs)  # type: ignore[no-any-return]
 

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from fem_vi.bridge.call import Call
 from fem_vi.bridge.operator import BatchedOperator, Bend
-from fem_vi.pde.adjoint import ResidualVjp
-from fem_vi.pde.assemble import VectorForm
+from fem_vi.errors import InvalidInput
 from fem_vi.pde.inputs import Array
-from fem_vi.pde.tangent import ResidualTangent
+from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Samples
 from fem_vi.pde.weak_form import WeakForm
 
+_ASSEMBLED = AssembledKernel()
 
-class Residual(BatchedOperator):
+
+class Residual:
     """r = residual(u, m, ...): r_i = F(u, m; phi_i), and u - h at the prescribed dofs; differentiable twice.
 
     The residual of a state that `Solve` returns is zero, in the prescribed dofs too.
 
     Args:
         pde: The weak form.
+        kernel: Who evaluates the integrals. `AssembledKernel()`: DOLFINx, one sample after another, any form. All kernels give
+            the same numbers, up to rounding.
 
     Call:
         `residual(u, *inputs)`: u is a field tensor `(*batch, n_owned)`, inputs as for `Solve`; returns a field tensor
         `(*batch, n_owned)`: each rank has the entries that it owns, summed over the cells of all ranks.
 
     Raises:
-        InvalidInput: See `BatchedOperator.__call__`.
+        InvalidInput: Where `kernel` is no kernel. See also `BatchedOperator.__call__`.
+        UnsupportedForm: Where the kernel cannot take the form, naming one that can.
         NotFinite: On every rank, where the form has no finite value, such as the logarithm of a negative field.
+
+    Attributes:
+        pde: The weak form.
+        kernel: The kernel that was chosen.
+        function: What the kernel made of the weak form: a `BatchedOperator`, or a function of tensors of the kernel's own.
 
     MPI: Collective, forward and backward.
 
@@ -39,76 +48,72 @@ class Residual(BatchedOperator):
         >>> loss = fem_vi.all_sum(residual(u, m).square().sum(-1), mesh.comm)
     """
 
-    def __init__(self, pde: WeakForm) -> None:
+    def __init__(self, pde: WeakForm, *, kernel: Kernel = _ASSEMBLED) -> None:
+        if isinstance(kernel, type) or not hasattr(kernel, "create"):
+            raise InvalidInput(f"kernel is {kernel!r}; it must be one of fem_vi's kernels, such as fem_vi.AssembledKernel().")
+        self.pde = pde
+        self.kernel = kernel
+        created = kernel.create(pde)
+        self.function: Any = BatchedResidual(pde, created) if isinstance(created, BatchKernel) else created
+
+    def __call__(self, u: Tensor, *inputs: Tensor) -> Tensor:
+        """Evaluate; see the class. Collective."""
+        return self.function(u, *inputs)
+
+
+class BatchedResidual(BatchedOperator):
+    """The residual as torch sees it: integrals from a kernel, and the rows u - h of the prescribed dofs.
+
+    Args:
+        pde: The weak form.
+        kernel: Its integrals.
+    """
+
+    def __init__(self, pde: WeakForm, kernel: BatchKernel) -> None:
         super().__init__(pde.space.mesh, [pde.unknown, *pde.inputs], pde.unknown.shape)
         self.pde = pde
-        self._form = VectorForm(pde.form)
-        self._vjp = ResidualVjp(pde)
+        self._kernel = kernel
+
+    @property
+    def _name(self) -> str:
+        return "Residual"
 
     def _check_state(self) -> None:
         self.pde.check_fixed()
 
-    def _load(self, call: Call, flat: Sequence[Array], sample: int) -> None:
-        for given, value in zip([self.pde.unknown, *self.pde.inputs], call.values(flat, sample), strict=True):
-            given.load(value)
-
     def _forward(self, call: Call, flat: Sequence[Array]) -> Array:
-        out = np.empty((call.num_samples, self.pde.unknown.size))
-        owned = self.pde.boundary.owned
-        for sample in range(call.num_samples):
-            self._load(call, flat, sample)
-            out[sample] = self._form.assemble()
-            out[sample, owned] = self.pde.state.x.array[owned] - self.pde.boundary.values()
+        at = Samples(flat, call.rows)
+        out = self._kernel.residual(at)
+        self._prescribe(out, at)
+        out[:, self.pde.boundary.owned] -= self.pde.boundary.fixed
         self._check_finite(out)
         return out
 
+    def _prescribe(self, out: Array, at: Samples) -> None:
+        """Write u - h, as far as h is an input, to the rows of prescribed dofs; for tangents as for values."""
+        boundary = self.pde.boundary
+        out[:, boundary.owned] = at.values[0][:, boundary.owned][at.rows[0]]
+        for source in boundary.sources:
+            dofs, entries = source.owned
+            out[:, dofs] -= at.values[1 + source.position][:, entries][at.rows[1 + source.position]]
+
     def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
+        owned = self.pde.boundary.owned
         lam = g.copy()
-        lam[:, self.pde.boundary.owned] = 0.0
-        for sample in range(call.num_samples):
-            self._load(call, flat, sample)
-            self._vjp.load(lam[sample])
-            rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
-            self._add_gradients(rows, g[sample])
+        lam[:, owned] = 0.0
+        self._kernel.vjp(Samples(flat, call.rows), lam, grads)
+        for sample, row in enumerate(call.rows[0] if grads[0] is not None and owned.size else ()):
+            grads[0][row, owned] += g[sample, owned]  # type: ignore[index]
+        for source in self.pde.boundary.sources:
+            grad, rows = grads[1 + source.position], call.rows[1 + source.position]
+            for sample, row in enumerate(rows if grad is not None else ()):
+                grad[row] -= source.gradient(g[sample], self.comm)  # type: ignore[index]
         return lam
 
     def _pushforward(self, call: Call, flat: Sequence[Array], out: Array, tangents: Sequence[Array]) -> Array:
-        moved = np.empty_like(out)
-        owned = self.pde.boundary.owned
-        for sample in range(call.num_samples):
-            self._load(call, flat, sample)
-            du, *directions = call.values(tangents, sample)
-            self._tangent.load(du, directions)
-            moved[sample] = self._tangent.vector()
-            prescribed = np.zeros_like(du)
-            for source in self.pde.boundary.sources:
-                source.push(directions[source.position], prescribed)
-            moved[sample, owned] = du[owned] - prescribed[owned]
+        moved = self._kernel.jvp(Samples(flat, call.rows), tangents)
+        self._prescribe(moved, Samples(tangents, call.rows))
         return moved
 
     def _curvature(self, call: Call, flat: Sequence[Array], bend: Bend, at_out: Array, grads: Sequence[Array]) -> None:
-        for sample in range(call.num_samples):
-            self._load(call, flat, sample)
-            du, *directions = call.values(bend.tangents, sample)
-            self._tangent.load(du, directions)
-            self._tangent.load_test(bend.lam[sample])
-            for k, grad in enumerate(grads):
-                grad[call.rows[k][sample]] += self._tangent.gradient(k)
-
-    @cached_property
-    def _tangent(self) -> ResidualTangent:
-        return ResidualTangent(self.pde)
-
-    def _add_gradients(self, rows: Sequence[Array | None], g: Array) -> None:
-        state, *inputs = rows
-        owned = self.pde.boundary.owned
-        if state is not None:
-            state += self._vjp.state()
-            state[owned] += g[owned]
-        for position, row in enumerate(inputs):
-            if row is not None and position in self._vjp.inputs:
-                row += self._vjp.input(position)
-        for source in self.pde.boundary.sources:
-            row = inputs[source.position]
-            if row is not None:
-                row -= source.gradient(g, self.comm)
+        self._kernel.curvature(Samples(flat, call.rows), bend.lam, bend.tangents, grads)

@@ -43,10 +43,15 @@ class Source:
             return self.input.symbol.value.reshape(-1)[self.entries]  # type: ignore[no-any-return]
         return self.input.coefficients.array[self.entries]  # type: ignore[no-any-return]
 
+    @property
+    def owned(self) -> tuple[Dofs, Dofs]:
+        """The owned ones of `dofs`, and their `entries`."""
+        return self.dofs[: self.num_owned], self.entries[: self.num_owned]
+
     def push(self, given: Array, at_state: Array) -> None:
         """Write the entries of an input, or of a tangent of it, to the owned dofs of the state. Not collective."""
-        owned = slice(0, self.num_owned)
-        at_state[self.dofs[owned]] = given[self.entries[owned]]
+        dofs, entries = self.owned
+        at_state[dofs] = given[entries]
 
     def gradient(self, at_state: Array, comm: MPI.Comm) -> Array:
         """The adjoint of `values`: a cotangent of the state's owned dofs, summed on to the entries of the input.
@@ -130,6 +135,11 @@ class Boundary:
         x = np.zeros_like(self._fixed)
         self.apply(x)
         return x[self.owned]
+
+    @property
+    def fixed(self) -> Array:
+        """Those of `values` that are no inputs; zero elsewhere."""
+        return self._fixed[self.owned]
 
 
 def _view(value: Any) -> Array:
