@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from fem_vi.bridge.call import Call
 from fem_vi.bridge.operator import BatchedOperator, Bend
+from fem_vi.bridge.rows import RowChooser, sample_rows
+from fem_vi.bridge.weighted import WeightedResidual
 from fem_vi.errors import InvalidInput
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Samples
@@ -30,6 +33,9 @@ class Residual:
     Call:
         `residual(u, *inputs)`: u is a field tensor `(*batch, n_owned)`, inputs as for `Solve`; returns a field tensor
         `(*batch, n_owned)`: each rank has the entries that it owns, summed over the cells of all ranks.
+        `residual(u, *inputs, rows=indices)`: the entries of some test functions only, `(*batch, len(indices))`: rows of this
+        rank, local numbers below n_owned, in that order; each rank has its own, perhaps none. Only the cells in their reach are
+        visited, by DOLFINx whatever the kernel. Whether the rows are given is the same on all ranks.
 
     Raises:
         InvalidInput: Where `kernel` is no kernel. See also `BatchedOperator.__call__`.
@@ -56,9 +62,61 @@ class Residual:
         created = kernel.create(pde)
         self.function: Any = BatchedResidual(pde, created) if isinstance(created, BatchKernel) else created
 
-    def __call__(self, u: Tensor, *inputs: Tensor) -> Tensor:
+    def __call__(self, u: Tensor, *inputs: Tensor, rows: Tensor | Sequence[int] | None = None) -> Tensor:
         """Evaluate; see the class. Collective."""
+        if rows is not None:
+            return self._chooser.at(rows)(u, *inputs)
         return self.function(u, *inputs)
+
+    def weighted(self, w: Tensor, u: Tensor, *inputs: Tensor) -> Tensor:
+        """w . r(u, m, ...), an integral with w in the place of the test function; differentiable twice.
+
+        Args:
+            w: Weights of the test functions of all ranks, a field tensor `(*batch, n_owned)`. With one axis more than u, k
+                weightings of each residual.
+            u: State, `(*batch, n_owned)`. All batch axes broadcast.
+            inputs: As for `Solve`.
+
+        Returns:
+            `(*batch,)`, replicated.
+
+        Raises:
+            InvalidInput: See `BatchedOperator.__call__`.
+            NotFinite: On every rank, where the form has no finite value.
+
+        MPI: Collective, forward and backward.
+        """
+        return self._weighted(w, u, *inputs)
+
+    def sample_rows(self, count: int) -> Tensor:
+        """Rows drawn at random, without repetition, from those of all ranks where no value is prescribed.
+
+        With N such rows, N / count times a sum over the drawn ones has the sum over all for its mean.
+
+        Args:
+            count: How many on all ranks together.
+
+        Returns:
+            Those of this rank, local numbers for `rows=`, sorted, int64.
+
+        Raises:
+            InvalidInput: On every rank, where there are fewer.
+
+        MPI: Collective. The draw is that of rank 0's torch generator.
+
+        Example:
+            >>> r = residual(u, m, rows=residual.sample_rows(64))
+            >>> loss = fem_vi.all_sum(r.square().sum(-1), mesh.comm)
+        """
+        return sample_rows(self.pde, count)
+
+    @cached_property
+    def _chooser(self) -> RowChooser:
+        return RowChooser(self.pde, BatchedResidual)
+
+    @cached_property
+    def _weighted(self) -> WeightedResidual:
+        return WeightedResidual(self.pde)
 
 
 class BatchedResidual(BatchedOperator):
