@@ -8,16 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
+from fem_vi.arguments import instance
 from fem_vi.bridge.call import Call
+from fem_vi.bridge.logdet import ExactLogdet, LogdetEstimate, LogdetMethod, StochasticLogdet, create_logdet
 from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.bridge.rows import RowChooser, sample_rows
 from fem_vi.bridge.weighted import WeightedResidual
 from fem_vi.errors import InvalidInput
+from fem_vi.parallel import raise_on_all
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Samples
 from fem_vi.pde.weak_form import WeakForm
 
 _ASSEMBLED = AssembledKernel()
+_EXACT = ExactLogdet()
 
 
 class Residual:
@@ -109,6 +113,41 @@ class Residual:
             >>> loss = fem_vi.all_sum(r.square().sum(-1), mesh.comm)
         """
         return sample_rows(self.pde, count)
+
+    def logdet(self, u: Tensor, *inputs: Tensor, method: LogdetMethod = _EXACT) -> Tensor:
+        """log |det dr/du| of each sample, which takes the factor 1 / |det dr/du| out of a posterior built from residuals.
+
+        Args:
+            u: State, `(*batch, n_owned)`; its values do not matter where the form is linear in it.
+            inputs: As for `Solve`. Samples that share what the Jacobian sees share the work.
+            method: `ExactLogdet()` or `StochasticLogdet()`.
+
+        Returns:
+            `(*batch,)`, replicated; differentiable once, second derivatives and forward mode are refused.
+
+        Raises:
+            InvalidInput: See `BatchedOperator.__call__`.
+            SolveFailed: On every rank, where a Jacobian is singular.
+            UnsupportedForm: Where the method does not take the Jacobian, naming one that does.
+
+        MPI: Collective, forward and backward.
+
+        Example:
+            >>> log_density = -0.5 / eps**2 * fem_vi.all_sum(residual(u, m).square().sum(-1), comm) + residual.logdet(u, m)
+        """
+        return self.estimate_logdet(u, *inputs, method=method).value
+
+    def estimate_logdet(self, u: Tensor, *inputs: Tensor, method: LogdetMethod = _EXACT) -> LogdetEstimate:
+        """`logdet` with its standard error, of the same random probes. Collective."""
+        if method not in self._logdets:
+            with raise_on_all(self.pde.comm):
+                instance("method", method, ExactLogdet, StochasticLogdet)
+            self._logdets[method] = create_logdet(self.pde, method)
+        return self._logdets[method].estimate(u, *inputs)
+
+    @cached_property
+    def _logdets(self) -> dict[LogdetMethod, Any]:
+        return {}
 
     @cached_property
     def _chooser(self) -> RowChooser:

@@ -123,7 +123,7 @@ def _checked(rows: object, size: int) -> RowNumbers:
 
 
 def sample_rows(pde: WeakForm, count: int) -> Tensor:
-    """Rows drawn at random, without repetition, from those of all ranks where nothing is prescribed; see `Residual.sample_rows`."""
+    """See `Residual.sample_rows`. Collective."""
     with raise_on_all(pde.comm):
         count = whole("count", count, least=1)
     free = np.setdiff1d(np.arange(pde.unknown.size), pde.boundary.owned)

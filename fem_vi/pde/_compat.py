@@ -51,8 +51,8 @@ def pack_coefficients(form: Any) -> dict[tuple[Any, int], NDArray[np.float64]]:
 def integral_domains(form: Any) -> list[tuple[Any, int, int, NDArray[np.int32]]]:
     """Kind, key of the packed coefficients, subdomain id and entities of each integral of a compiled form.
 
-    Ids were the keys before 0.10; positions, in the order of the compiled form's ids, are since. Entities are cells, `(n,)`, pairs
-    of a cell and a local facet, `(n, 2)`, or two such pairs, `(n, 2, 2)`.
+    Ids were the keys before 0.10; positions, in the order of the compiled form's ids, are since. Entities are cells, `(n,)`,
+    pairs of a cell and a local facet, `(n, 2)`, or two such pairs, `(n, 2, 2)`.
     """
     cpp, ufcx = form._cpp_object, form.ufcx_form
     out = []

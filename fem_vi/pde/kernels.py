@@ -123,6 +123,7 @@ class AssembledResidual(BatchKernel):
             given.load(values)
 
     def residual(self, at: Samples) -> Array:
+        """See `BatchKernel.residual`."""
         out = np.empty((at.num, self._pde.unknown.size))
         for sample in range(at.num):
             self._load(at, sample)
@@ -130,6 +131,7 @@ class AssembledResidual(BatchKernel):
         return out
 
     def vjp(self, at: Samples, lam: Array, grads: Sequence[Array | None]) -> None:
+        """See `BatchKernel.vjp`."""
         wanted = [k for k, grad in enumerate(grads) if grad is not None and (k == 0 or k - 1 in self._vjp.inputs)]
         for sample in range(at.num):
             self._load(at, sample)
@@ -139,6 +141,7 @@ class AssembledResidual(BatchKernel):
                 grads[k][at.rows[k][sample]] += part  # type: ignore[index]
 
     def jvp(self, at: Samples, tangents: Sequence[Array]) -> Array:
+        """See `BatchKernel.jvp`."""
         out = np.empty((at.num, self._pde.unknown.size))
         along = Samples(tangents, at.rows)
         for sample in range(at.num):
@@ -149,6 +152,7 @@ class AssembledResidual(BatchKernel):
         return out
 
     def curvature(self, at: Samples, lam: Array, tangents: Sequence[Array], grads: Sequence[Array]) -> None:
+        """See `BatchKernel.curvature`."""
         along = Samples(tangents, at.rows)
         for sample in range(at.num):
             self._load(at, sample)

@@ -23,7 +23,7 @@ from fem_vi.pde.inputs import Coefficients, local_size
 Entities = NDArray[np.int32]
 Tagged = tuple[int, Entities]
 _WIDTHS = {"cell": 1, "exterior_facet": 2, "interior_facet": 4}
-"""Numbers that name an entity: a cell, perhaps with a facet of it, perhaps with the cell on the other side and a facet of that."""
+"""Numbers that name an entity: a cell, perhaps with a facet of it, perhaps with the same of the cell on the other side."""
 
 
 @dataclass(frozen=True)
@@ -53,30 +53,18 @@ class Region:
     """
 
     def __init__(self, form: ufl.Form, space: Any) -> None:
-        for integral in form.integrals():
-            if integral.integral_type() not in _WIDTHS:
-                raise UnsupportedForm(
-                    f"rows= takes integrals over cells and facets; the form has one of the kind {integral.integral_type()}. "
-                    "Evaluate the whole residual."
-                )
-        self._mesh = space.mesh
         tags = [tag for integral in form.integrals() for tag in _tags(integral)]
         self._free = 1 + max((tag for tag in tags if isinstance(tag, int)), default=0)
-        self._whole = self._find_entities(form)
+        found = find_entities(form)
+        self._whole = {
+            kind: sorted((self._free if tag == -1 else tag, entities.ravel()) for tag, entities in tags.items())
+            for kind, tags in found.items()
+        }
         self._marks = fem.Function(space)
         self._mark = Coefficients(self._marks)
         self._cells_of = _cells_of_dofs(space)
         self._number = 0
         self.reach = Reach(0, self._whole)
-
-    def _find_entities(self, form: ufl.Form) -> dict[Any, list[Tagged]]:
-        """The entities of each tag, as DOLFINx finds them for a form of the same measures that is compiled in no time."""
-        one = fem.Constant(self._mesh, 1.0)
-        measures = [integral.reconstruct(integrand=one, metadata={"quadrature_degree": 0}) for integral in form.integrals()]
-        out: dict[Any, dict[int, Entities]] = {}
-        for kind, _, tag, entities in _compat.integral_domains(fem.form(ufl.Form(measures))):
-            out.setdefault(kind, {})[self._free if tag == -1 else tag] = np.array(entities, dtype=np.int32).ravel()
-        return {kind: sorted(tags.items()) for kind, tags in out.items()}
 
     def find(self, rows: NDArray[np.int64]) -> Reach:
         """What the test functions of some owned rows reach, also on other ranks.
@@ -133,6 +121,33 @@ class _RegionForm:
             self._current = _compat.restricted_form(self._compiled, self._symbols, reach.entities)
             self._number = reach.number
         return self._current
+
+
+def find_entities(form: ufl.Form) -> dict[Any, dict[int, Entities]]:
+    """What the integrals of a form run over: the entities of each tag (-1 for all of the mesh), by kind of integral.
+
+    DOLFINx is asked, with a form of the same measures that is compiled in no time.
+
+    Returns:
+        For each kind and tag `(n, 1)` cells, `(n, 2)` cells and their facets, or `(n, 4)` two of these on both sides.
+
+    Raises:
+        UnsupportedForm: Where the form has integrals other than those over cells and facets.
+
+    MPI: Collective.
+    """
+    for integral in form.integrals():
+        if integral.integral_type() not in _WIDTHS:
+            raise UnsupportedForm(
+                f"The form has an integral of the kind {integral.integral_type()}; parts of a residual and determinants can be had "
+                "for integrals over cells and facets."
+            )
+    one = fem.Constant(form.ufl_domain(), 1.0)
+    measures = [integral.reconstruct(integrand=one, metadata={"quadrature_degree": 0}) for integral in form.integrals()]
+    out: dict[Any, dict[int, Entities]] = {}
+    for kind, _, tag, entities in _compat.integral_domains(fem.form(ufl.Form(measures))):
+        out.setdefault(kind, {})[tag] = np.array(entities, dtype=np.int32).reshape(-1, _WIDTHS[kind.name])
+    return out
 
 
 def _tags(integral: Any) -> tuple[int | str, ...]:
