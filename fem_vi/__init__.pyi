@@ -14,6 +14,7 @@ from .bridge.logdet import LogdetEstimate as LogdetEstimate
 from .bridge.logdet import StochasticLogdet as StochasticLogdet
 from .bridge.observe import PointObservation as PointObservation
 from .bridge.observe_expression import ExpressionObservation as ExpressionObservation
+from .bridge.precondition import PreconditionedResidual as PreconditionedResidual
 from .bridge.residual import Residual as Residual
 from .bridge.solve import MaskFailed as MaskFailed
 from .bridge.solve import RaiseFailed as RaiseFailed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +12,13 @@ from fem_vi.arguments import instance
 from fem_vi.bridge.call import Call
 from fem_vi.bridge.logdet import ExactLogdet, LogdetEstimate, LogdetMethod, StochasticLogdet, create_logdet
 from fem_vi.bridge.operator import BatchedOperator, Bend
+from fem_vi.bridge.precondition import PreconditionedResidual
 from fem_vi.bridge.rows import RowChooser, sample_rows
+from fem_vi.bridge.solution_units import SolutionUnits
 from fem_vi.bridge.weighted import WeightedResidual
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all
+from fem_vi.pde.factors import Option
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Samples
 from fem_vi.pde.weak_form import WeakForm
@@ -33,6 +36,7 @@ class Residual:
         pde: The weak form.
         kernel: Who evaluates the integrals. `AssembledKernel()`: DOLFINx, one sample after another, any form. All kernels give
             the same numbers, up to rounding.
+        petsc_options: For `precondition` and `in_solution_units`, as for `Solve`.
 
     Call:
         `residual(u, *inputs)`: u is a field tensor `(*batch, n_owned)`, inputs as for `Solve`; returns a field tensor
@@ -58,11 +62,12 @@ class Residual:
         >>> loss = fem_vi.all_sum(residual(u, m).square().sum(-1), mesh.comm)
     """
 
-    def __init__(self, pde: WeakForm, *, kernel: Kernel = _ASSEMBLED) -> None:
+    def __init__(self, pde: WeakForm, *, kernel: Kernel = _ASSEMBLED, petsc_options: Mapping[str, Option] | None = None) -> None:
         if isinstance(kernel, type) or not hasattr(kernel, "create"):
             raise InvalidInput(f"kernel is {kernel!r}; it must be one of fem_vi's kernels, such as fem_vi.AssembledKernel().")
         self.pde = pde
         self.kernel = kernel
+        self._petsc_options = dict(petsc_options or {})
         created = kernel.create(pde)
         self.function: Any = BatchedResidual(pde, created) if isinstance(created, BatchKernel) else created
 
@@ -113,6 +118,54 @@ class Residual:
             >>> loss = fem_vi.all_sum(r.square().sum(-1), mesh.comm)
         """
         return sample_rows(self.pde, count)
+
+    def precondition(self, *, reference: Tensor | Sequence[Tensor] = (), state: Tensor | None = None) -> PreconditionedResidual:
+        """The residual times A0^-1, where A0 = dr/du at a reference, factorised now and kept.
+
+        It makes the entries of r comparable, on any mesh, and does not change the posterior that they give: A0 is constant.
+
+        Args:
+            reference: The inputs of the reference, without batch axes: a tensor, or a tuple of one for each input.
+            state: The reference state, for a form that is not linear in its state.
+
+        Returns:
+            A function `(u, *inputs)` like the residual, differentiable twice.
+
+        Raises:
+            InvalidInput: On every rank, where the reference does not fit.
+            SolveFailed: On every rank, where A0 is singular.
+
+        MPI: Collective.
+        """
+        given = (reference,) if isinstance(reference, Tensor) else tuple(reference)
+        return PreconditionedResidual(self, self.pde, reference=given, state=state, petsc_options=self._petsc_options)
+
+    def in_solution_units(self, u: Tensor, *inputs: Tensor) -> Tensor:
+        """s = (dr/du)^-1 r(u, m, ...) with dr/du at (u, m): the distance of u from the solution, to first order.
+
+        For a form that is linear in u, s = u - u(m), whatever u: the density N(s; 0, eps^2) of a residual posterior then leaves no
+        factor of m behind when u is integrated out. For any other, s is what Newton's method would subtract from u, and that
+        factor is removed at the solution only.
+
+        Args:
+            u: State, `(*batch, n_owned)`.
+            inputs: As for `Solve`. Samples that share what the Jacobian sees share a factorisation, and samples of u alone need
+                none of their own where the form is linear.
+
+        Returns:
+            Field tensor `(*batch, n_owned)`, differentiable twice.
+
+        Raises:
+            InvalidInput: See `BatchedOperator.__call__`.
+            SolveFailed: On every rank, where a Jacobian is singular or a solver did not converge.
+
+        MPI: Collective, forward and backward.
+        """
+        return self._solution_units(self, u, *inputs)
+
+    @cached_property
+    def _solution_units(self) -> SolutionUnits:
+        return SolutionUnits(self.pde, self._petsc_options)
 
     def logdet(self, u: Tensor, *inputs: Tensor, method: LogdetMethod = _EXACT) -> Tensor:
         """log |det dr/du| of each sample, which takes the factor 1 / |det dr/du| out of a posterior built from residuals.

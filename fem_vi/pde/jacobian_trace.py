@@ -83,9 +83,7 @@ class JacobianBlocks:
         matrices, class_of = self._turns
         sides, dim = cells.shape[1], matrices.shape[1]
         for _ in range(2):  # the rows, and after transposition the columns
-            rows = [
-                matrices[class_of[cells[:, side]]] @ blocks[:, side * dim : (side + 1) * dim] for side in range(sides)
-            ]
+            rows = [matrices[class_of[cells[:, side]]] @ blocks[:, side * dim : (side + 1) * dim] for side in range(sides)]
             blocks = np.concatenate(rows, axis=1).transpose(0, 2, 1)
         return blocks
 

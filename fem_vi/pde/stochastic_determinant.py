@@ -27,9 +27,7 @@ from fem_vi.pde.matrix import MatrixForm
 from fem_vi.pde.solver_choice import choose_solver
 from fem_vi.pde.weak_form import WeakForm
 
-_NOT_POSITIVE = (
-    "StochasticLogdet wants a Jacobian that is symmetric and positive definite; this one is not {what}. Take fem_vi.ExactLogdet()."
-)
+_NOT_POSITIVE = "StochasticLogdet wants a Jacobian that is symmetric and positive definite; this one is not {what}. Take fem_vi.ExactLogdet()."
 
 
 class StochasticDeterminant:
