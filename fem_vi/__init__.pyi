@@ -9,8 +9,12 @@ from .bridge.layout import all_sum as all_sum
 from .bridge.layout import distribute as distribute
 from .bridge.layout import gather as gather
 from .bridge.layout import localise as localise
+from .bridge.logdet import ExactLogdet as ExactLogdet
+from .bridge.logdet import LogdetEstimate as LogdetEstimate
+from .bridge.logdet import StochasticLogdet as StochasticLogdet
 from .bridge.observe import PointObservation as PointObservation
 from .bridge.observe_expression import ExpressionObservation as ExpressionObservation
+from .bridge.precondition import PreconditionedResidual as PreconditionedResidual
 from .bridge.residual import Residual as Residual
 from .bridge.solve import MaskFailed as MaskFailed
 from .bridge.solve import RaiseFailed as RaiseFailed

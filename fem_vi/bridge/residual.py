@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
+from fem_vi.arguments import instance
 from fem_vi.bridge.call import Call
+from fem_vi.bridge.logdet import ExactLogdet, LogdetEstimate, LogdetMethod, StochasticLogdet, create_logdet
 from fem_vi.bridge.operator import BatchedOperator, Bend
+from fem_vi.bridge.precondition import PreconditionedResidual
+from fem_vi.bridge.rows import RowChooser, sample_rows
+from fem_vi.bridge.solution_units import SolutionUnits
+from fem_vi.bridge.weighted import WeightedResidual
 from fem_vi.errors import InvalidInput
+from fem_vi.parallel import raise_on_all
+from fem_vi.pde.factors import Option
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Samples
 from fem_vi.pde.weak_form import WeakForm
 
 _ASSEMBLED = AssembledKernel()
+_EXACT = ExactLogdet()
 
 
 class Residual:
@@ -26,10 +36,14 @@ class Residual:
         pde: The weak form.
         kernel: Who evaluates the integrals. `AssembledKernel()`: DOLFINx, one sample after another, any form. All kernels give
             the same numbers, up to rounding.
+        petsc_options: For `precondition` and `in_solution_units`, as for `Solve`.
 
     Call:
         `residual(u, *inputs)`: u is a field tensor `(*batch, n_owned)`, inputs as for `Solve`; returns a field tensor
         `(*batch, n_owned)`: each rank has the entries that it owns, summed over the cells of all ranks.
+        `residual(u, *inputs, rows=indices)`: the entries of some test functions only, `(*batch, len(indices))`: rows of this
+        rank, local numbers below n_owned, in that order; each rank has its own, perhaps none. Only the cells in their reach are
+        visited, by DOLFINx whatever the kernel. Whether the rows are given is the same on all ranks.
 
     Raises:
         InvalidInput: Where `kernel` is no kernel. See also `BatchedOperator.__call__`.
@@ -48,17 +62,153 @@ class Residual:
         >>> loss = fem_vi.all_sum(residual(u, m).square().sum(-1), mesh.comm)
     """
 
-    def __init__(self, pde: WeakForm, *, kernel: Kernel = _ASSEMBLED) -> None:
+    def __init__(self, pde: WeakForm, *, kernel: Kernel = _ASSEMBLED, petsc_options: Mapping[str, Option] | None = None) -> None:
         if isinstance(kernel, type) or not hasattr(kernel, "create"):
             raise InvalidInput(f"kernel is {kernel!r}; it must be one of fem_vi's kernels, such as fem_vi.AssembledKernel().")
         self.pde = pde
         self.kernel = kernel
+        self._petsc_options = dict(petsc_options or {})
         created = kernel.create(pde)
         self.function: Any = BatchedResidual(pde, created) if isinstance(created, BatchKernel) else created
 
-    def __call__(self, u: Tensor, *inputs: Tensor) -> Tensor:
+    def __call__(self, u: Tensor, *inputs: Tensor, rows: Tensor | Sequence[int] | None = None) -> Tensor:
         """Evaluate; see the class. Collective."""
+        if rows is not None:
+            return self._chooser.at(rows)(u, *inputs)
         return self.function(u, *inputs)
+
+    def weighted(self, w: Tensor, u: Tensor, *inputs: Tensor) -> Tensor:
+        """w . r(u, m, ...), an integral with w in the place of the test function; differentiable twice.
+
+        Args:
+            w: Weights of the test functions of all ranks, a field tensor `(*batch, n_owned)`. With one axis more than u, k
+                weightings of each residual.
+            u: State, `(*batch, n_owned)`. All batch axes broadcast.
+            inputs: As for `Solve`.
+
+        Returns:
+            `(*batch,)`, replicated.
+
+        Raises:
+            InvalidInput: See `BatchedOperator.__call__`.
+            NotFinite: On every rank, where the form has no finite value.
+
+        MPI: Collective, forward and backward.
+        """
+        return self._weighted(w, u, *inputs)
+
+    def sample_rows(self, count: int) -> Tensor:
+        """Rows drawn at random, without repetition, from those of all ranks where no value is prescribed.
+
+        With N such rows, N / count times a sum over the drawn ones has the sum over all for its mean.
+
+        Args:
+            count: How many on all ranks together.
+
+        Returns:
+            Those of this rank, local numbers for `rows=`, sorted, int64.
+
+        Raises:
+            InvalidInput: On every rank, where there are fewer.
+
+        MPI: Collective. The draw is that of rank 0's torch generator.
+
+        Example:
+            >>> r = residual(u, m, rows=residual.sample_rows(64))
+            >>> loss = fem_vi.all_sum(r.square().sum(-1), mesh.comm)
+        """
+        return sample_rows(self.pde, count)
+
+    def precondition(self, *, reference: Tensor | Sequence[Tensor] = (), state: Tensor | None = None) -> PreconditionedResidual:
+        """The residual times A0^-1, where A0 = dr/du at a reference, factorised now and kept.
+
+        It makes the entries of r comparable, on any mesh, and does not change the posterior that they give: A0 is constant.
+
+        Args:
+            reference: The inputs of the reference, without batch axes: a tensor, or a tuple of one for each input.
+            state: The reference state, for a form that is not linear in its state.
+
+        Returns:
+            A function `(u, *inputs)` like the residual, differentiable twice.
+
+        Raises:
+            InvalidInput: On every rank, where the reference does not fit.
+            SolveFailed: On every rank, where A0 is singular.
+
+        MPI: Collective.
+        """
+        given = (reference,) if isinstance(reference, Tensor) else tuple(reference)
+        return PreconditionedResidual(self, self.pde, reference=given, state=state, petsc_options=self._petsc_options)
+
+    def in_solution_units(self, u: Tensor, *inputs: Tensor) -> Tensor:
+        """s = (dr/du)^-1 r(u, m, ...) with dr/du at (u, m): the distance of u from the solution, to first order.
+
+        For a form that is linear in u, s = u - u(m), whatever u: the density N(s; 0, eps^2) of a residual posterior then leaves no
+        factor of m behind when u is integrated out. For any other, s is what Newton's method would subtract from u, and that
+        factor is removed at the solution only.
+
+        Args:
+            u: State, `(*batch, n_owned)`.
+            inputs: As for `Solve`. Samples that share what the Jacobian sees share a factorisation, and samples of u alone need
+                none of their own where the form is linear.
+
+        Returns:
+            Field tensor `(*batch, n_owned)`, differentiable twice.
+
+        Raises:
+            InvalidInput: See `BatchedOperator.__call__`.
+            SolveFailed: On every rank, where a Jacobian is singular or a solver did not converge.
+
+        MPI: Collective, forward and backward.
+        """
+        return self._solution_units(self, u, *inputs)
+
+    @cached_property
+    def _solution_units(self) -> SolutionUnits:
+        return SolutionUnits(self.pde, self._petsc_options)
+
+    def logdet(self, u: Tensor, *inputs: Tensor, method: LogdetMethod = _EXACT) -> Tensor:
+        """log |det dr/du| of each sample, which takes the factor 1 / |det dr/du| out of a posterior built from residuals.
+
+        Args:
+            u: State, `(*batch, n_owned)`; its values do not matter where the form is linear in it.
+            inputs: As for `Solve`. Samples that share what the Jacobian sees share the work.
+            method: `ExactLogdet()` or `StochasticLogdet()`.
+
+        Returns:
+            `(*batch,)`, replicated; differentiable once, second derivatives and forward mode are refused.
+
+        Raises:
+            InvalidInput: See `BatchedOperator.__call__`.
+            SolveFailed: On every rank, where a Jacobian is singular.
+            UnsupportedForm: Where the method does not take the Jacobian, naming one that does.
+
+        MPI: Collective, forward and backward.
+
+        Example:
+            >>> log_density = -0.5 / eps**2 * fem_vi.all_sum(residual(u, m).square().sum(-1), comm) + residual.logdet(u, m)
+        """
+        return self.estimate_logdet(u, *inputs, method=method).value
+
+    def estimate_logdet(self, u: Tensor, *inputs: Tensor, method: LogdetMethod = _EXACT) -> LogdetEstimate:
+        """`logdet` with its standard error, of the same random probes. Collective."""
+        if method not in self._logdets:
+            with raise_on_all(self.pde.comm):
+                instance("method", method, ExactLogdet, StochasticLogdet)
+            self._logdets[method] = create_logdet(self.pde, method)
+        return self._logdets[method].estimate(u, *inputs)
+
+    @cached_property
+    def _logdets(self) -> dict[LogdetMethod, Any]:
+        return {}
+
+    @cached_property
+    def _chooser(self) -> RowChooser:
+        return RowChooser(self.pde, BatchedResidual)
+
+    @cached_property
+    def _weighted(self) -> WeightedResidual:
+        return WeightedResidual(self.pde)
 
 
 class BatchedResidual(BatchedOperator):

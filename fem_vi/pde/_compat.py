@@ -39,3 +39,45 @@ def option_used(name: str) -> bool:
     """Whether PETSc has read an option of its database; True where petsc4py (before 3.23) cannot tell."""
     database = PETSc.Options()
     return bool(database.used(name)) if hasattr(database, "used") else True
+
+
+def pack_coefficients(form: Any) -> dict[tuple[Any, int], NDArray[np.float64]]:
+    """The packed coefficients of a compiled form, by kind of integral and the key of `integral_domains`."""
+    pack = getattr(dolfinx.fem, "pack_coefficients", None)  # since 0.10; before, of C++ objects
+    packed = dolfinx.cpp.fem.pack_coefficients(form._cpp_object) if pack is None else pack(form)
+    return dict(packed)
+
+
+def integral_domains(form: Any) -> list[tuple[Any, int, int, NDArray[np.int32]]]:
+    """Kind, key of the packed coefficients, subdomain id and entities of each integral of a compiled form.
+
+    Ids were the keys before 0.10; positions, in the order of the compiled form's ids, are since. Entities are cells, `(n,)`,
+    pairs of a cell and a local facet, `(n, 2)`, or two such pairs, `(n, 2, 2)`.
+    """
+    cpp, ufcx = form._cpp_object, form.ufcx_form
+    out = []
+    for kind in cpp.integral_types:
+        if DOLFINX_VERSION < (0, 10):
+            ids = [int(k) for k in cpp.integral_ids(kind)]
+            out += [(kind, k, k, np.asarray(cpp.domains(kind, k))) for k in ids]
+        else:
+            first = ufcx.form_integral_offsets[kind.value]
+            number = cpp.num_integrals(kind, 0)
+            ids = [int(ufcx.form_integral_ids[first + k]) for k in range(number)]
+            out += [(kind, k, ids[k], np.asarray(cpp.domains(kind, k))) for k in range(number)]
+    return out
+
+
+def restricted_form(form: Any, symbols: tuple[Any, Any], subdomains: dict[Any, list[tuple[int, NDArray[np.int32]]]]) -> Any:
+    """A compiled form, without compiling it again, whose integrals run over other entities.
+
+    Args:
+        form: `dolfinx.fem.Form` whose integrals all have an id.
+        symbols: C++ objects of its coefficients, in the order of the compiled form, and of its Constants.
+        subdomains: Entities of each kind, by id.
+    """
+    coefficients, constants = symbols
+    address = int(form.module.ffi.cast("uintptr_t", form.module.ffi.addressof(form.ufcx_form)))
+    create = dolfinx.cpp.fem.create_form_float64
+    cpp = create(address, form.function_spaces, coefficients, constants, subdomains, form.mesh)
+    return dolfinx.fem.Form(cpp, form.ufcx_form, form.code, form.module)

@@ -26,6 +26,7 @@ from fem_vi.parallel import sum_over_ranks
 from fem_vi.pde.assemble import ScalarForm, VectorForm, ZeroVector, create_vector_form
 from fem_vi.pde.coupling import InputMatrix
 from fem_vi.pde.inputs import Array, Coefficients, ConstantInput, FunctionInput, Input
+from fem_vi.pde.region import Region
 from fem_vi.pde.weak_form import WeakForm
 
 
@@ -35,12 +36,14 @@ class FormGradient:
     Args:
         form: UFL 0-form.
         inputs: What to differentiate for.
+        region: The part of the mesh that is visited; all of it, where this is None.
 
     MPI: Collective.
     """
 
-    def __init__(self, form: ufl.Form, inputs: Sequence[Input]) -> None:
+    def __init__(self, form: ufl.Form, inputs: Sequence[Input], region: Region | None = None) -> None:
         self._form = form
+        self._region = region
         self._inputs = tuple(inputs)
         self._parts: dict[int, VectorForm | ZeroVector | _ConstantGradient] = {}
 
@@ -63,8 +66,9 @@ class FormGradient:
         try:
             if isinstance(given, FunctionInput):
                 direction = ufl.TestFunction(given.space)
-                return create_vector_form(expand_derivatives(ufl.derivative(self._form, given.symbol, direction)), given.size)
-            return _ConstantGradient(self._form, given)
+                derivative = expand_derivatives(ufl.derivative(self._form, given.symbol, direction))
+                return create_vector_form(derivative, given.size, self._region)
+            return _ConstantGradient(self._form, given, self._region)
         except (ValueError, NotImplementedError) as error:
             raise UnsupportedForm(f"The form cannot be differentiated for {given.label}: {error}") from error
 
@@ -88,12 +92,12 @@ def _slope(integrand: Expr, constant: fem.Constant, direction: fem.Constant) -> 
 class _ConstantGradient:
     """Derivative of a 0-form with respect to the entries of a Constant."""
 
-    def __init__(self, form: ufl.Form, given: ConstantInput) -> None:
+    def __init__(self, form: ufl.Form, given: ConstantInput, region: Region | None) -> None:
         self._comm = given.symbol.ufl_domain().ufl_cargo().comm
         self._size = given.size
         self._direction = fem.Constant(given.symbol.ufl_domain(), np.zeros(given.shape))
         slope = expand_derivatives(constant_slope(form, given.symbol, self._direction))
-        self._form = None if slope.empty() else ScalarForm(slope)
+        self._form = None if slope.empty() else ScalarForm(slope, region)
 
     def assemble(self) -> Array:
         gradient = np.zeros(self._size)
@@ -120,6 +124,7 @@ class ResidualVjp:
     Args:
         pde: The weak form.
         matrices: dF/dm of inputs that enter by a constant matrix, by position: products take the place of 1-forms.
+        region: The part of the mesh that is visited; all of it, where this is None.
 
     Attributes:
         inputs: Positions of the inputs that occur in the form; others enter by Dirichlet conditions only.
@@ -127,14 +132,14 @@ class ResidualVjp:
     MPI: Collective.
     """
 
-    def __init__(self, pde: WeakForm, matrices: Mapping[int, InputMatrix] | None = None) -> None:
+    def __init__(self, pde: WeakForm, matrices: Mapping[int, InputMatrix] | None = None, *, region: Region | None = None) -> None:
         self.pde = pde
         self._matrices = matrices or {}
         lam = fem.Function(pde.space)
         self._lam = Coefficients(lam)
         form = ufl.replace(pde.form, {pde.test: lam})
         self.inputs = pde.occurs_in(form)
-        self._gradient = FormGradient(form, [pde.unknown, *pde.inputs])
+        self._gradient = FormGradient(form, [pde.unknown, *pde.inputs], region)
 
     def load(self, lam: Array) -> None:
         """Set lam: owned entries, `(n_owned,)`. Collective."""

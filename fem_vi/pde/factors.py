@@ -14,7 +14,7 @@ import ufl
 from petsc4py import PETSc
 
 from fem_vi.errors import InvalidInput, SolveFailed
-from fem_vi.parallel import max_over_ranks
+from fem_vi.parallel import any_rank, max_over_ranks
 from fem_vi.pde import _compat
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.dense_block import DenseBlock
@@ -270,6 +270,25 @@ class Factor:
         size = self._residual.norm() / self._b.norm()
         if not size <= (RESIDUAL_BOUND if self._direct else max(RESIDUAL_BOUND, 1e3 * ksp.getTolerances()[0])):
             raise SolveFailed(_weak(size))
+
+    def log_determinant(self) -> float:
+        """log |det J|, replicated, where MUMPS was told to compute it (`mat_mumps_icntl_33`), without a solve.
+
+        MUMPS gives a mantissa and a binary exponent, so that the determinant does not overflow.
+
+        Raises:
+            SolveFailed: On every rank, where the matrix is singular or not finite.
+
+        MPI: Collective.
+        """
+        preconditioner = self.ksp.getPC()
+        factor = preconditioner.getFactorMatrix()
+        mantissa, exponent = factor.getMumpsRinfog(12), factor.getMumpsInfog(34)
+        failed = preconditioner.getFailedReason() != 0 or mantissa == 0.0 or not np.isfinite(mantissa)
+        if any_rank(self.matrix.comm.tompi4py(), failed):
+            raise SolveFailed("the Jacobian is singular, so that log |det| has no finite value")
+        self._sound = True
+        return float(np.log(abs(mantissa)) + exponent * np.log(2.0))
 
     def num_bytes(self) -> int:
         """Memory of the matrix and its factor, the largest over ranks. Collective."""

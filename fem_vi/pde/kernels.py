@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from fem_vi.pde.adjoint import ResidualVjp
 from fem_vi.pde.assemble import VectorForm
 from fem_vi.pde.inputs import Array
+from fem_vi.pde.region import Region
 from fem_vi.pde.tangent import ResidualTangent
 from fem_vi.pde.weak_form import WeakForm
 
@@ -95,25 +96,34 @@ class AssembledKernel:
 
     def create(self, pde: WeakForm) -> BatchKernel:
         """See `Kernel.create`."""
-        return _AssembledResidual(pde)
+        return AssembledResidual(pde)
 
 
-class _AssembledResidual(BatchKernel):
-    def __init__(self, pde: WeakForm) -> None:
+class AssembledResidual(BatchKernel):
+    """The kernel that `AssembledKernel` creates.
+
+    Args:
+        pde: The weak form.
+        region: The part of the mesh that is visited; all of it, where this is None.
+    """
+
+    def __init__(self, pde: WeakForm, region: Region | None = None) -> None:
         self._given = [pde.unknown, *pde.inputs]
         self._pde = pde
-        self._form = VectorForm(pde.form)
-        self._vjp = ResidualVjp(pde)
+        self._region = region
+        self._form = VectorForm(pde.form, region)
+        self._vjp = ResidualVjp(pde, region=region)
 
     @cached_property
     def _tangent(self) -> ResidualTangent:
-        return ResidualTangent(self._pde)
+        return ResidualTangent(self._pde, self._region)
 
     def _load(self, at: Samples, sample: int) -> None:
         for given, values in zip(self._given, at.one(sample), strict=True):
             given.load(values)
 
     def residual(self, at: Samples) -> Array:
+        """See `BatchKernel.residual`."""
         out = np.empty((at.num, self._pde.unknown.size))
         for sample in range(at.num):
             self._load(at, sample)
@@ -121,6 +131,7 @@ class _AssembledResidual(BatchKernel):
         return out
 
     def vjp(self, at: Samples, lam: Array, grads: Sequence[Array | None]) -> None:
+        """See `BatchKernel.vjp`."""
         wanted = [k for k, grad in enumerate(grads) if grad is not None and (k == 0 or k - 1 in self._vjp.inputs)]
         for sample in range(at.num):
             self._load(at, sample)
@@ -130,6 +141,7 @@ class _AssembledResidual(BatchKernel):
                 grads[k][at.rows[k][sample]] += part  # type: ignore[index]
 
     def jvp(self, at: Samples, tangents: Sequence[Array]) -> Array:
+        """See `BatchKernel.jvp`."""
         out = np.empty((at.num, self._pde.unknown.size))
         along = Samples(tangents, at.rows)
         for sample in range(at.num):
@@ -140,6 +152,7 @@ class _AssembledResidual(BatchKernel):
         return out
 
     def curvature(self, at: Samples, lam: Array, tangents: Sequence[Array], grads: Sequence[Array]) -> None:
+        """See `BatchKernel.curvature`."""
         along = Samples(tangents, at.rows)
         for sample in range(at.num):
             self._load(at, sample)

@@ -21,6 +21,7 @@ from ufl.algorithms import expand_derivatives
 from fem_vi.pde.adjoint import FormGradient, constant_slope
 from fem_vi.pde.assemble import ScalarForm, create_vector_form
 from fem_vi.pde.inputs import Array, Coefficients, ConstantInput, FunctionInput, Input
+from fem_vi.pde.region import Region
 from fem_vi.pde.weak_form import WeakForm
 
 
@@ -115,17 +116,18 @@ class ResidualTangent:
 
     Args:
         pde: The weak form.
+        region: The part of the mesh that is visited; all of it, where this is None.
 
     MPI: Collective.
     """
 
-    def __init__(self, pde: WeakForm) -> None:
+    def __init__(self, pde: WeakForm, region: Region | None = None) -> None:
         given = [pde.unknown, *pde.inputs]
         self._tangent = Tangent(pde.form, given)
-        self._vector = create_vector_form(self._tangent.form, pde.unknown.size)
+        self._vector = create_vector_form(self._tangent.form, pde.unknown.size, region)
         lam = fem.Function(pde.space)
         self._lam = Coefficients(lam)
-        self._gradient = FormGradient(self._tangent.derivative(ufl.replace(pde.form, {pde.test: lam})), given)
+        self._gradient = FormGradient(self._tangent.derivative(ufl.replace(pde.form, {pde.test: lam})), given, region)
 
     def load(self, du: Array, dm: Sequence[Array]) -> None:
         """Set the direction: owned coefficients of du, and for each input owned coefficients or entries. Collective."""
