@@ -16,6 +16,8 @@ from .bridge.solve import MaskFailed as MaskFailed
 from .bridge.solve import RaiseFailed as RaiseFailed
 from .bridge.solve import Solve as Solve
 from .bridge.split import Split as Split
+from .bridge.torch_kernel import TorchKernel as TorchKernel
+from .bridge.torch_residual import TorchResidual as TorchResidual
 from .errors import FailedOnAnotherRank as FailedOnAnotherRank
 from .errors import FemViError as FemViError
 from .errors import InvalidInput as InvalidInput
