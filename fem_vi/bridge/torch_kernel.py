@@ -11,7 +11,7 @@ from torch import Tensor
 from fem_vi.bridge.ghosts import Ghosts
 from fem_vi.bridge.layout import localise
 from fem_vi.bridge.torch_form import Compiled, compile_form
-from fem_vi.bridge.torch_residual import Given, Plan, Prescribed, TorchResidual, assemble
+from fem_vi.bridge.torch_residual import Given, Plan, Prescribed, TorchResidual, assemble, check_device
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all
 from fem_vi.pde.inputs import FrozenMesh, FunctionInput, local_size
@@ -52,21 +52,6 @@ class TorchKernel:
     def create(self, pde: WeakForm) -> TorchFunction:
         """See `Kernel.create`."""
         return TorchFunction(pde, create_module(pde).to(device=self.device, dtype=self.dtype))
-
-
-def check_device(name: str, device: torch.device | str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        InvalidInput: With what torch says of it.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidInput(
-            f"{name}: device is {device!r}, which torch cannot use here: {reason} device='cpu' always works."
-        ) from error
 
 
 class TorchFunction:

@@ -189,7 +189,8 @@ class Part:
 
     def compute(self, gathered: Sequence[Tensor]) -> list[Tensor]:
         """For each write, `(num_dofs, num_cells, samples)`."""
-        program, slots = self.program, list[Tensor | None]()
+        program = self.program
+        slots: list[Tensor | None] = []
         for read in program.reads:
             slots += self._read(read, gathered[read.gather])
         slots += [gathered[entry.gather][entry.entry].reshape(1, 1, -1) for entry in program.entries]
@@ -198,7 +199,7 @@ class Part:
             operands = [slots[k] for k in step.args]
             slots.append(self._step(step, operands))  # type: ignore[arg-type]
             del operands
-            for k in program.freed.get(number, ()):
+            for k in () if torch.compiler.is_compiling() else program.freed.get(number, ()):
                 slots[k] = None  # frees memory, or lets it be used again while it is in the cache
         return [self._write(write, [slots[k] for k in write.slots]) for write in program.writes]  # type: ignore[misc]
 

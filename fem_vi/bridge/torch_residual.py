@@ -148,6 +148,10 @@ class TorchResidual(nn.Module):
         """Whether other ranks hold parts of it."""
         return self._exchange is not None
 
+    def extra_repr(self) -> str:
+        """The tensors that it takes."""
+        return ", ".join(f"{about.label}: {about.shape}" for about in self.plan.given)
+
     def forward(self, u: Tensor, *inputs: Tensor) -> Tensor:
         """Evaluate; see the class."""
         given = [u, *inputs]
@@ -192,6 +196,21 @@ class TorchResidual(nn.Module):
             h = local[source.source].index_select(0, buffers[source.entries])
             r = r.index_add(0, buffers[source.rows], -h.expand(-1, r.shape[1]))
         return r
+
+
+def check_device(name: str, device: torch.device | str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        InvalidInput: With what torch says of it.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInput(
+            f"{name}: device is {device!r}, which torch cannot use here: {reason} device='cpu' always works."
+        ) from error
 
 
 def _column(x: Tensor, own: tuple[int, ...], batch: tuple[int, ...], size: int) -> Tensor:
