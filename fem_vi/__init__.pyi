@@ -16,10 +16,14 @@ from .bridge.observe import PointObservation as PointObservation
 from .bridge.observe_expression import ExpressionObservation as ExpressionObservation
 from .bridge.precondition import PreconditionedResidual as PreconditionedResidual
 from .bridge.residual import Residual as Residual
+from .bridge.residual_file import export_residual as export_residual
+from .bridge.residual_file import load_residual as load_residual
 from .bridge.solve import MaskFailed as MaskFailed
 from .bridge.solve import RaiseFailed as RaiseFailed
 from .bridge.solve import Solve as Solve
 from .bridge.split import Split as Split
+from .bridge.torch_kernel import TorchKernel as TorchKernel
+from .bridge.torch_residual import TorchResidual as TorchResidual
 from .errors import CompilerFailed as CompilerFailed
 from .errors import FailedOnAnotherRank as FailedOnAnotherRank
 from .errors import FemViError as FemViError
@@ -27,6 +31,7 @@ from .errors import InvalidInput as InvalidInput
 from .errors import MeshError as MeshError
 from .errors import NotFinite as NotFinite
 from .errors import PointsOutsideMesh as PointsOutsideMesh
+from .errors import ResidualFileError as ResidualFileError
 from .errors import RunFolderError as RunFolderError
 from .errors import SolveFailed as SolveFailed
 from .errors import UnsupportedDerivative as UnsupportedDerivative

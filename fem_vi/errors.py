@@ -46,5 +46,9 @@ class RunFolderError(FemViError, RuntimeError):
     """A run folder or checkpoint cannot be written, or cannot be trusted when read."""
 
 
+class ResidualFileError(FemViError, RuntimeError):
+    """A file of a residual cannot be written, or cannot be trusted when read."""
+
+
 class FailedOnAnotherRank(FemViError, RuntimeError):
     """Another MPI rank raised an error that this rank has no class for; the message quotes it."""

@@ -16,7 +16,8 @@ import numpy as np
 from dolfinx import fem
 
 from fem_vi.arguments import whole
-from fem_vi.bridge.call import Argument, Call
+from fem_vi.bridge.batch import Argument
+from fem_vi.bridge.call import Call
 from fem_vi.bridge.operator import BatchedOperator
 from fem_vi.errors import InvalidInput, SolveFailed
 from fem_vi.pde.checkpoints import BinomialCheckpoints, Stored

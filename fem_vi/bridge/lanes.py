@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fem_vi.bridge.call import Argument
+from fem_vi.bridge.batch import Argument
 
 
 class Lanes:

@@ -21,7 +21,8 @@ from mpi4py import MPI
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fem_vi.bridge.call import Argument, Call, check_finite, is_finite, plan
+from fem_vi.bridge.batch import Argument
+from fem_vi.bridge.call import Call, check_finite, is_finite, plan
 from fem_vi.bridge.derivatives import apply
 from fem_vi.bridge.layout import as_numpy
 from fem_vi.errors import InvalidInput, NotFinite, UnsupportedDerivative

@@ -11,7 +11,7 @@ UFL's order. Sites (samples, points, cells) are whatever axes the values of the 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,9 +22,8 @@ from ufl import classes
 from ufl.algorithms import expand_derivatives
 from ufl.algorithms.remove_complex_nodes import remove_complex_nodes
 
+from fem_vi.bridge.torch_program import OPERATIONS, Operation
 from fem_vi.errors import UnsupportedForm
-
-Operation = Callable[..., Tensor]
 
 
 def lower(expr: Any) -> Any:
@@ -131,24 +130,25 @@ def _post_order(expr: Any, known: dict[Any, int]) -> list[Any]:
     return list(order)
 
 
-# What acts on each entry, with operands that have the same axes.
-_FUNCTIONS: dict[type, Operation] = {
-    classes.Abs: torch.abs, classes.Sqrt: torch.sqrt, classes.Exp: torch.exp, classes.Ln: torch.log,
-    classes.Cos: torch.cos, classes.Sin: torch.sin, classes.Tan: torch.tan, classes.Cosh: torch.cosh, classes.Sinh: torch.sinh,
-    classes.Tanh: torch.tanh, classes.Acos: torch.acos, classes.Asin: torch.asin, classes.Atan: torch.atan,
-    classes.Erf: torch.erf, classes.Atan2: torch.atan2, classes.MinValue: torch.minimum, classes.MaxValue: torch.maximum,
-    classes.Variable: lambda x: x, classes.Sum: torch.add,
-    classes.EQ: torch.eq, classes.NE: torch.ne, classes.LT: torch.lt, classes.LE: torch.le, classes.GT: torch.gt,
-    classes.GE: torch.ge, classes.AndCondition: torch.logical_and, classes.OrCondition: torch.logical_or,
-    classes.NotCondition: torch.logical_not,
+OPERATION_NAMES: dict[type, str] = {
+    classes.Abs: "abs", classes.Sqrt: "sqrt", classes.Exp: "exp", classes.Ln: "log",
+    classes.Cos: "cos", classes.Sin: "sin", classes.Tan: "tan", classes.Cosh: "cosh", classes.Sinh: "sinh",
+    classes.Tanh: "tanh", classes.Acos: "acos", classes.Asin: "asin", classes.Atan: "atan",
+    classes.Erf: "erf", classes.Atan2: "atan2", classes.MinValue: "minimum", classes.MaxValue: "maximum",
+    classes.EQ: "eq", classes.NE: "ne", classes.LT: "lt", classes.LE: "le", classes.GT: "gt",
+    classes.GE: "ge", classes.AndCondition: "logical_and", classes.OrCondition: "logical_or",
+    classes.NotCondition: "logical_not", classes.Sum: "add",
 }  # fmt: skip
+"""What acts on each entry, with operands that have the same axes: names of torch's operations."""
 
 
 def _operation(node: Any) -> Operation:
     """What computes the value of a node from those of its operands."""
     kind = type(node)
-    if kind in _FUNCTIONS:
-        return _FUNCTIONS[kind]
+    if kind in OPERATION_NAMES:
+        return OPERATIONS[OPERATION_NAMES[kind]]
+    if isinstance(node, classes.Variable):
+        return lambda x: x
     if isinstance(node, classes.Product | classes.Division):
         multiply = torch.mul if isinstance(node, classes.Product) else torch.div
         first, second = (_alignment(operand, node) for operand in node.ufl_operands)

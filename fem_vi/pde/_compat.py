@@ -35,6 +35,13 @@ def bounding_box_tree(mesh: Any, padding: float) -> Any:
     return dolfinx.geometry.bb_tree(mesh, mesh.topology.dim, padding=padding)
 
 
+def integration_domains(kind: Any, topology: Any, entities: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Cells, or cells and local facets, of entities that a form is integrated over (the dimension is an argument before 0.10)."""
+    dim = topology.dim - 1 if kind != dolfinx.fem.IntegralType.cell else topology.dim
+    before = (dim,) if DOLFINX_VERSION < (0, 10) else ()
+    return np.asarray(dolfinx.fem.compute_integration_domains(kind, topology, entities, *before))
+
+
 def option_used(name: str) -> bool:
     """Whether PETSc has read an option of its database; True where petsc4py (before 3.23) cannot tell."""
     database = PETSc.Options()

@@ -11,7 +11,7 @@ from ufl.algorithms import expand_derivatives
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.copies import check_list, create_copies
-from fem_vi.pde.inputs import create_function_input
+from fem_vi.pde.inputs import Input, create_function_input
 from fem_vi.pde.quadrature import pin_quadrature
 
 
@@ -77,6 +77,11 @@ class WeakForm:
         self.initial_guess = self.state.x.array.copy()
         self.jacobian: ufl.Form = expand_derivatives(ufl.derivative(self.form, self.state, self.trial))
         self.is_linear = not any(self.state is c for c in self.jacobian.coefficients())
+
+    @property
+    def fixed(self) -> tuple[Input, ...]:
+        """Private copies of the Functions and Constants of the form that are neither the state nor inputs."""
+        return tuple(self._fixed)
 
     def _check_occurrence(self) -> None:
         on_boundary = {source.position for source in self.boundary.sources}
