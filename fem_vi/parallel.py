@@ -113,41 +113,6 @@ def all_values(comm: MPI.Comm, value: T) -> list[T]:
     return comm.allgather(value) if comm.size > 1 else [value]
 
 
-def send_to_each(comm: MPI.Comm, values: Sequence[T]) -> list[T]:
-    """What each rank has for this one.
-
-    Args:
-        comm: Communicator.
-        values: One for each rank.
-
-    MPI: Collective.
-    """
-    return comm.alltoall(list(values))
-
-
-def exchange_rows(
-    comm: MPI.Comm, rows: NDArray[np.floating], num_send: NDArray[np.int64], num_receive: NDArray[np.int64]
-) -> NDArray[np.floating]:
-    """Rows of a matrix sent to other ranks, and those received.
-
-    Args:
-        comm: Communicator.
-        rows: `(num_send.sum(), width)`, contiguous: those for rank 0 first. All ranks have the same width and type.
-        num_send: Rows for each rank.
-        num_receive: Rows from each rank.
-
-    Returns:
-        `(num_receive.sum(), width)`: those from rank 0 first.
-
-    MPI: Collective.
-    """
-    received = np.empty((int(num_receive.sum()), rows.shape[1]), dtype=rows.dtype)
-    line = rows.shape[1] * rows.dtype.itemsize
-    sent, got = rows.view(np.uint8).reshape(-1), received.view(np.uint8).reshape(-1)
-    comm.Alltoallv([sent, num_send * line, MPI.BYTE], [got, num_receive * line, MPI.BYTE])
-    return received
-
-
 def fingerprint(comm: MPI.Comm, samples: Sequence[Sequence[NDArray[np.float64]]]) -> list[int]:
     """A number for the contents of some arrays: equal for equal contents, and by chance in 2^64 for others.
 

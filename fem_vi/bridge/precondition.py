@@ -17,8 +17,8 @@ from fem_vi.bridge.layout import as_numpy
 from fem_vi.bridge.linear import apply_linear
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all
-from fem_vi.pde.factors import Option
 from fem_vi.pde.inputs import Array
+from fem_vi.pde.petsc_options import Option
 from fem_vi.pde.reference import ReferenceJacobian
 from fem_vi.pde.weak_form import WeakForm
 

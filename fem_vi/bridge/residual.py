@@ -18,9 +18,9 @@ from fem_vi.bridge.solution_units import SolutionUnits
 from fem_vi.bridge.weighted import WeightedResidual
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all
-from fem_vi.pde.factors import Option
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Samples
+from fem_vi.pde.petsc_options import Option
 from fem_vi.pde.weak_form import WeakForm
 
 _ASSEMBLED = AssembledKernel()

@@ -25,7 +25,7 @@ from fem_vi.bridge.call import plan
 from fem_vi.bridge.solve import Solve
 from fem_vi.parallel import any_rank, raise_on_all
 from fem_vi.pde.coordinates import CoordinateInput
-from fem_vi.pde.factors import Option
+from fem_vi.pde.petsc_options import Option
 from fem_vi.pde.weak_form import WeakForm
 
 

@@ -11,10 +11,11 @@ from functools import cached_property
 
 from fem_vi.errors import UnsupportedForm
 from fem_vi.parallel import fingerprint
-from fem_vi.pde.factors import FactorPool, Options
+from fem_vi.pde.factors import FactorPool
 from fem_vi.pde.generic_jacobian import GenericJacobian
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.jacobian_trace import Blocks, JacobianBlocks, TraceGradient
+from fem_vi.pde.petsc_options import Options
 from fem_vi.pde.selected_inverse import can_select
 from fem_vi.pde.weak_form import WeakForm
 

@@ -20,10 +20,11 @@ from fem_vi.parallel import any_rank, sum_over_ranks
 from fem_vi.pde.adjoint import FormGradient
 from fem_vi.pde.dense_block import DenseBlock
 from fem_vi.pde.determinant import JacobianSamples
-from fem_vi.pde.factors import FactorPool, Options
+from fem_vi.pde.factors import FactorPool
 from fem_vi.pde.generic_jacobian import GenericJacobian
 from fem_vi.pde.inputs import Array, Coefficients
 from fem_vi.pde.matrix import MatrixForm
+from fem_vi.pde.petsc_options import Options
 from fem_vi.pde.solver_choice import choose_solver
 from fem_vi.pde.weak_form import WeakForm
 
