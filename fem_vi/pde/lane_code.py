@@ -23,7 +23,7 @@ _UNARY = {
     "sqrt": "sqrt", "cos": "cos", "sin": "sin", "tan": "tan", "acos": "acos", "asin": "asin", "atan": "atan", "cosh": "cosh",
     "sinh": "sinh", "tanh": "tanh", "exp": "exp", "ln": "log", "erf": "erf", "abs": "fabs",
 }  # fmt: skip
-_BINARY = {"atan_2": "atan2", "power": "pow", "min_value": "fmin", "max_value": "fmax"}
+_BINARY = {"atan_2": "atan2", "atan2": "atan2", "power": "pow", "min_value": "fmin", "max_value": "fmax"}
 _BESSEL = {"bessel_j": "jn", "bessel_y": "yn"}
 _CONDITIONS = (L.EQ, L.NE, L.LT, L.LE, L.GT, L.GE, L.And, L.Or, L.Not)
 _LARGEST_POWER = 8  # by products; the error of each is half a unit in the last place
