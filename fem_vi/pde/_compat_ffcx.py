@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import basix
+import ffcx
 import ffcx.options
 import numpy as np
 import ufl
@@ -35,8 +37,7 @@ class IntegralCode:
         kind: "cell", "exterior_facet" or "interior_facet".
         ids: The subdomains that it is integrated over; -1 is the whole mesh.
         tree: Body of the function `tabulate_tensor`, FFCx's LNodes.
-        offsets: Where the coefficients that it reads begin in its argument `w`.
-        constants: Where each Constant of the form begins in its argument `c`.
+        offsets: Where the coefficients that it reads begin in its argument `w`, by their positions among the form's coefficients.
         size: Entries of the element tensor, of both cells of an interior facet.
         permutes: Whether it reads `quadrature_permutation`.
     """
@@ -44,10 +45,15 @@ class IntegralCode:
     kind: str
     ids: tuple[int, ...]
     tree: Any
-    offsets: Mapping[Any, int]
-    constants: Mapping[Any, int]
+    offsets: Mapping[int, int]
     size: int
     permutes: bool
+
+
+def generator_version() -> str:
+    """What the generated code depends on besides the form: versions, and FFCx's options."""
+    versions = [ffcx.__version__, basix.__version__, ufl.__version__]
+    return " ".join([*versions, str(sorted((key, str(value)) for key, value in ffcx.options.get_options().items()))])
 
 
 def integral_codes(form: ufl.Form) -> list[IntegralCode]:
@@ -62,13 +68,13 @@ def integral_codes(form: ufl.Form) -> list[IntegralCode]:
         representation = compute_ir(analysis, {}, "fem_vi", options, False)
         (data,) = analysis.form_data
         return [
-            _code(integral, ir, options) for integral, ir in zip(data.integral_data, representation.integrals, strict=True)
+            _code(form, integral, ir, options) for integral, ir in zip(data.integral_data, representation.integrals, strict=True)
         ]
     except (NotImplementedError, RuntimeError, ValueError, KeyError) as error:
         raise UnsupportedForm(f"FFCx generates no code for the form, for any kernel: {error}") from error
 
 
-def _code(integral: Any, ir: Any, options: dict[str, Any]) -> IntegralCode:
+def _code(form: ufl.Form, integral: Any, ir: Any, options: dict[str, Any]) -> IntegralCode:
     expression = ir.expression
     generator = IntegralGenerator(ir, FFCXBackend(ir, options))
     if DOLFINX_VERSION < (0, 10):
@@ -80,13 +86,12 @@ def _code(integral: Any, ir: Any, options: dict[str, Any]) -> IntegralCode:
                 f"CompiledKernel cannot integrate over facets of several types ({integral.integral_type}); AssembledKernel can."
             )
         tree = generator.generate(domains.pop())
-    numbers = expression.coefficient_numbering
+    numbers, positions = expression.coefficient_numbering, {c: k for k, c in enumerate(form.coefficients())}
     return IntegralCode(
         integral.integral_type,
         tuple(_OTHERWISE if given == "otherwise" else int(given) for given in integral.subdomain_id),
         tree,
-        {c: expression.coefficient_offsets[c] for c, k in numbers.items() if ir.enabled_coefficients[k]},
-        dict(expression.original_constant_offsets),
+        {positions[c]: int(expression.coefficient_offsets[c]) for c, k in numbers.items() if ir.enabled_coefficients[k]},
         int(np.prod(expression.tensor_shape)),
         bool(expression.needs_facet_permutations),
     )

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from fem_vi.errors import UnsupportedForm
 from fem_vi.parallel import raise_on_all, sum_over_ranks
 from fem_vi.pde import _compat
-from fem_vi.pde._compat_ffcx import Entities, IntegralCode, IntegrationDomains, integral_codes
+from fem_vi.pde._compat_ffcx import Entities, IntegrationDomains, integral_codes
 from fem_vi.pde.c_compiler import load_library
 from fem_vi.pde.inputs import Array, ConstantInput, Input
 from fem_vi.pde.lane_job import CEntities, CField, CJob, ConstantSpace, FieldSpace, Geometry, Rows, address
-from fem_vi.pde.lane_source import Plan, source
+from fem_vi.pde.lane_source import Contents, Plan, source, source_key
 
-_VECTORS = 1  # SIMD vectors of a block
 _ALIGNMENT = 64
 
 
@@ -82,12 +81,12 @@ class KernelMesh:
             self._spaces[id(space)] = FieldSpace(space)
         return self._spaces[id(space)]
 
-    def entities(self, code: IntegralCode) -> Entities:
+    def entities(self, kind: str, subdomains: tuple[int, ...]) -> Entities:
         """What an integral runs over. Not collective."""
-        key = code.kind, code.ids
-        if key not in self._entities:
-            self._entities[key] = np.concatenate([self._domains.entities(code.kind, number) for number in code.ids])
-        return self._entities[key]
+        if (kind, subdomains) not in self._entities:
+            found = [self._domains.entities(kind, number) for number in subdomains]
+            self._entities[kind, subdomains] = np.concatenate(found)
+        return self._entities[kind, subdomains]
 
     def scratch(self, thread: int, size: int) -> int:
         """The address of memory for `size` numbers that one thread may write to; it is kept for the next call."""
@@ -115,11 +114,10 @@ class BatchForm:
         self._mesh = mesh
         self._blocks = tuple(blocks)
         self._fixed = {given.symbol: given for given in fixed}
+        coefficients = form.coefficients()
         with raise_on_all(mesh.comm):
-            self._codes = integral_codes(form)
-            read = [c for c in form.coefficients() if any(c in code.offsets for code in self._codes)]
-            _check_meshes(read, mesh)
-        self._functions = {symbol: mesh.space(symbol.function_space) for symbol in read}
+            _check_meshes(coefficients, mesh)
+        spaces = [mesh.space(symbol.function_space) for symbol in coefficients]
         self._constants = list(form.constants())
         self._out = [
             ConstantSpace(given.size, mesh.num_cells) if isinstance(given, ConstantInput) else mesh.space(given.space)
@@ -128,20 +126,19 @@ class BatchForm:
         count = sum(int(np.prod(c.ufl_shape)) for c in self._constants)
         self._constant_space = ConstantSpace(count, mesh.num_cells)
         plan = Plan(
-            {symbol: space.layout for symbol, space in self._functions.items()},
+            [space.layout for space in spaces],
             count,
             any(c not in self._fixed for c in self._constants),
             [space.layout for space in self._out],
             mesh.geometry.dofmap.shape[1],
             mesh.geometry.facets,
-            _VECTORS,
         )
-        with raise_on_all(mesh.comm):
-            text = source(self._codes, plan)
-        self._library = load_library(text, mesh.comm)
-        self._width = ctypes.c_int64.in_dll(self._library, "fem_vi_width").value
-        self._entities = [mesh.entities(code) for code in self._codes]
-        self._c_entities = (CEntities * len(self._codes))(
+        self._library = load_library(source_key(form, plan), lambda: source(integral_codes(form), plan), mesh.comm)
+        self._lanes = ctypes.c_int64.in_dll(self._library, "fem_vi_lanes").value
+        contents = Contents.spelt(str(ctypes.c_char_p.in_dll(self._library, "fem_vi_contents").value, "ascii"))
+        self._functions = {coefficients[position]: spaces[position] for position in contents.read}
+        self._entities = [mesh.entities(kind, subdomains) for kind, subdomains in contents.integrals]
+        self._c_entities = (CEntities * len(self._entities))(
             *(CEntities(address(entities), len(entities)) for entities in self._entities)
         )
 
@@ -159,7 +156,7 @@ class BatchForm:
         inputs = [self._input(symbol, values, keep) for symbol in self._functions]
         if self._constants:
             inputs.append(self._constant_input(num_samples, values, keep))
-        num_blocks = -(-num_samples // self._width)
+        num_blocks = -(-num_samples // self._lanes)
         sums = [
             _create_sum(space, grad, num_blocks, self._mesh.comm) for space, grad in zip(self._out, grads, strict=True)
         ]
@@ -198,9 +195,9 @@ class BatchForm:
     def _run(self, num_samples: int, inputs: Sequence[CField], outputs: Sequence[CField]) -> None:
         """Share the blocks of samples out among threads. Not collective."""
         mesh, geometry = self._mesh, self._mesh.geometry
-        num_blocks = -(-num_samples // self._width)
+        num_blocks = -(-num_samples // self._lanes)
         num_threads = max(1, min(mesh.num_threads, num_blocks))
-        size = self._width * sum(field.num_local for field in (*(given for given in inputs if given.rows), *outputs))
+        size = self._lanes * sum(field.num_local for field in (*(given for given in inputs if given.rows), *outputs))
         c_in, c_out = (CField * max(1, len(inputs)))(*inputs), (CField * len(outputs))(*outputs)
         bounds = [num_blocks * thread // num_threads for thread in range(num_threads + 1)]
         jobs = [

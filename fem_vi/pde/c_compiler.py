@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -82,44 +83,49 @@ def vector_symbol(name: str, arguments: int) -> str | None:
     return symbol if kind and vector_library() is not None and hasattr(vector_library(), symbol) else None
 
 
-def load_library(source: str, comm: MPI.Comm) -> ctypes.CDLL:
+def load_library(key: str, source: Callable[[], str], comm: MPI.Comm) -> ctypes.CDLL:
     """A shared library from C source, compiled where the cache has none.
 
-    The cache is FFCx's folder (`cache_dir` of DOLFINx's options for compilation). A file's name is a hash of the source, the flags,
-    the compiler and the processor; it appears there complete, by renaming, so that any number of processes may compile at once.
+    The cache is FFCx's folder (`cache_dir` of DOLFINx's options for compilation). A file's name is a hash of what the source is made
+    of, the flags, the compiler and the processor; it appears there complete, by renaming, so that any number of processes may
+    compile at once.
 
     Args:
-        source: C, the same on all ranks.
+        key: Names all that the source depends on, the same on all ranks.
+        source: Makes the C.
         comm: Ranks that want it: the first compiles, then the others look into their cache.
 
     Raises:
         CompilerFailed: On every rank, quoting the compiler.
+        UnsupportedForm: On every rank, where `source` raises it.
 
     MPI: Collective.
     """
     path = None
     with raise_on_all(comm):
         if comm.rank == 0:
-            path = _compile(source)
+            path = _cached(key, source)
     with raise_on_all(comm):
-        path = path or _compile(source)
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path or _cached(key, source)))
     return library
 
 
-def _compile(source: str) -> Path:
+def _cached(key: str, source: Callable[[], str]) -> Path:
     native, macros = target()
-    libraries = ["-lmvec", "-lm"] if "_ZGV" in source else ["-lm"]
-    key = hashlib.sha256("\0".join([source, *FLAGS, *native, *libraries, *command(), macros]).encode()).hexdigest()[:40]
+    digest = hashlib.sha256("\0".join([key, *FLAGS, *native, *command(), macros]).encode()).hexdigest()[:40]
     folder = Path(dolfinx.jit.get_options()["cache_dir"])
-    path = folder / f"libfem_vi_{key}.so"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="fem_vi_") as building:
-        code = Path(building) / "kernel.c"
-        code.write_text(source)
-        made = code.with_suffix(".so")
-        _run([*command(), *FLAGS, *native, str(code), "-o", str(made), *libraries])
-        os.replace(made, path)
+    path = folder / f"libfem_vi_{digest}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="fem_vi_") as building:
+            os.replace(_compile(source(), Path(building), native), path)
     return path
+
+
+def _compile(source: str, folder: Path, native: Sequence[str]) -> Path:
+    code = folder / "kernel.c"
+    code.write_text(source)
+    made = code.with_suffix(".so")
+    libraries = ["-lmvec", "-lm"] if "_ZGV" in source else ["-lm"]
+    _run([*command(), *FLAGS, *native, str(code), "-o", str(made), *libraries])
+    return made

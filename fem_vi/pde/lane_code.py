@@ -7,39 +7,27 @@ geometry, which all samples share, stay scalars.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from typing import Any
 
 import ffcx.codegeneration.lnodes as L
 import numpy as np
 
 from fem_vi.errors import UnsupportedForm
+from fem_vi.pde.lane_factors import without_invariants
+from fem_vi.pde.lane_rank import with_fewer_columns
+from fem_vi.pde.lane_tree import names, walk
 
 _UNARY = {
     "sqrt": "sqrt", "cos": "cos", "sin": "sin", "tan": "tan", "acos": "acos", "asin": "asin", "atan": "atan", "cosh": "cosh",
     "sinh": "sinh", "tanh": "tanh", "exp": "exp", "ln": "log", "erf": "erf", "abs": "fabs",
 }  # fmt: skip
-_BINARY = {"atan_2": "atan2", "power": "pow", "min_value": "fmin", "max_value": "fmax"}
+_BINARY = {"atan_2": "atan2", "atan2": "atan2", "power": "pow", "min_value": "fmin", "max_value": "fmax"}
 _BESSEL = {"bessel_j": "jn", "bessel_y": "yn"}
 _CONDITIONS = (L.EQ, L.NE, L.LT, L.LE, L.GT, L.GE, L.And, L.Or, L.Not)
 _LARGEST_POWER = 8  # by products; the error of each is half a unit in the last place
-
-
-def children(node: Any) -> Iterator[Any]:
-    """The nodes below one node of an LNodes tree."""
-    for name in ("declarations", "statements", "args", "indices"):
-        yield from getattr(node, name, ())
-    for name in ("value", "expr", "lhs", "rhs", "arg", "condition", "true", "false", "body", "array", "global_index"):
-        below = getattr(node, name, None)
-        if isinstance(below, L.LNode):
-            yield below
-
-
-def walk(node: Any) -> Iterator[Any]:
-    """A node and all nodes below it."""
-    yield node
-    for below in children(node):
-        yield from walk(below)
+_LONGEST_UNROLLED = 10  # iterations: all dofs of P2 on tetrahedra
 
 
 def lane_symbols(tree: Any, batched: frozenset[str]) -> set[str]:
@@ -52,19 +40,15 @@ def lane_symbols(tree: Any, batched: frozenset[str]) -> set[str]:
     flows: list[tuple[str, set[str]]] = []
     for node in walk(tree):
         if isinstance(node, L.VariableDecl) and node.value is not None:
-            flows.append((node.symbol.name, _names(node.value)))
+            flows.append((node.symbol.name, names(node.value)))
         elif isinstance(node, L.AssignOp):
-            flows.append((_target(node.lhs), _names(node.rhs)))
+            flows.append((_target(node.lhs), names(node.rhs)))
     lanes = set(batched)
     while True:
         found = {target for target, sources in flows if target not in lanes and not sources.isdisjoint(lanes)}
         if not found:
             return lanes
         lanes |= found
-
-
-def _names(node: Any) -> set[str]:
-    return {below.name for below in walk(node) if isinstance(below, L.Symbol)}
 
 
 def _target(node: Any) -> str:
@@ -83,8 +67,10 @@ class LaneFormatter:
     """
 
     def __init__(self, tree: Any, batched: frozenset[str]) -> None:
-        self._tree = tree
-        self._lanes = lane_symbols(tree, batched)
+        self._tree = with_fewer_columns(without_invariants(tree, lane_symbols(tree, batched)))
+        self._lanes = lane_symbols(self._tree, batched)
+        self._tables: dict[str, np.ndarray[Any, Any]] = {}
+        self._indices: dict[str, int] = {}  # of the loops that are being unrolled
         self.functions: set[str] = set()
 
     def body(self) -> str:
@@ -100,8 +86,7 @@ class LaneFormatter:
 
     def _statement(self, s: Any) -> str:
         if isinstance(s, L.Section):
-            inner = "".join(self._statement(x) for x in s.statements)
-            return "".join(self._statement(x) for x in s.declarations) + (f"{{\n{inner}}}\n" if inner else "")
+            return "".join(self._statement(x) for x in (*s.declarations, *s.statements))
         if isinstance(s, L.StatementList):
             return "".join(self._statement(x) for x in s.statements)
         if isinstance(s, L.Comment):
@@ -111,15 +96,70 @@ class LaneFormatter:
         if isinstance(s, L.VariableDecl):
             return self._variable(s)
         if isinstance(s, L.ForRange):
-            i = self._scalar(s.index)
-            head = f"for (int {i} = {self._scalar(s.begin)}; {i} < {self._scalar(s.end)}; ++{i})"
-            return f"{head} {{\n{self._statement(s.body)}}}\n"
+            return self._for(s)
         if isinstance(s, L.AssignOp):
+            if isinstance(s, L.AssignAdd) and self._known(s.rhs) == 0:
+                return ""
             value = self._lane(s.rhs) if _target(s.lhs) in self._lanes else self._scalar(s.rhs)
             return f"{self._scalar(s.lhs)} {s.op} {value};\n"
         if isinstance(s, L.Statement):
             return self._statement(s.expr)
         raise UnsupportedForm(f"CompiledKernel does not know FFCx's {type(s).__name__}; AssembledKernel takes the form.")
+
+    def _for(self, s: Any) -> str:
+        """A loop; a short one unrolled, so that zeros and ones of the tables drop out of it.
+
+        Coefficients are finite, and an integrand that is not reaches the dofs whose table entries are not zero: no value that is
+        not finite is lost.
+        """
+        begin, end = self._known(s.begin), self._known(s.end)
+        if not isinstance(s.index, L.Symbol) or begin is None or end is None or end - begin > _LONGEST_UNROLLED or _declares(s.body):
+            i = self._scalar(s.index)
+            head = f"for (int {i} = {self._scalar(s.begin)}; {i} < {self._scalar(s.end)}; ++{i})"
+            return f"{head} {{\n{self._statement(s.body)}}}\n"
+        parts = []
+        for i in range(int(begin), int(end)):
+            self._indices[s.index.name] = i
+            parts.append(self._statement(s.body))
+        del self._indices[s.index.name]
+        return "".join(parts)
+
+    def _known(self, node: Any) -> float | int | None:
+        """The value of an expression, where it is the same for all cells and points."""
+        if isinstance(node, L.LiteralFloat | L.LiteralInt):
+            return node.value if isinstance(node.value, float) else int(node.value)
+        if isinstance(node, L.Symbol):
+            return self._indices.get(node.name)
+        if isinstance(node, L.MultiIndex):
+            return self._known(node.global_index)
+        if isinstance(node, L.ArrayAccess):
+            table = self._tables.get(_target(node))
+            if table is None:
+                return None
+            indices = [self._known(i) for i in node.indices]
+            values = table[tuple(slice(None) if i is None else i for i in indices)]
+            return values.flat[0].item() if np.all(values == values.flat[0]) else None
+        if isinstance(node, L.Sum | L.Product | L.Add | L.Mul):
+            values = [self._known(x) for x in _terms(node)]
+            if isinstance(node, L.Product | L.Mul) and 0 in values:
+                return 0
+            if any(value is None for value in values):
+                return None
+            return sum(values) if isinstance(node, L.Sum | L.Add) else math.prod(values)  # type: ignore[arg-type]
+        return None
+
+    def _product(self, node: Any, operand: Callable[[Any], str]) -> str:
+        """Factors without those that are one, or a sign."""
+        factors, sign = [], 1
+        for x in _terms(node):
+            value = self._known(x)
+            sign = -sign if value == -1 else sign
+            if value is None or abs(value) != 1:
+                factors.append(x)
+        text = " * ".join(operand(x) for x in factors)
+        if len(factors) == 1 and sign < 0:
+            return f"-{text}"
+        return f"-({text})" if sign < 0 else text
 
     def _array(self, s: Any) -> str:
         name, dims = s.symbol.name, "".join(f"[{n}]" for n in s.sizes)
@@ -129,6 +169,7 @@ class LaneFormatter:
         values = np.asarray(s.values)
         if name not in self._lanes:
             kind = "int" if values.dtype.kind in "iub" else "double"
+            self._tables[name] = values
             return f"static const {kind} {name}{dims} = {_initialiser(values)};\n"
         if np.any(values):
             raise UnsupportedForm("CompiledKernel does not know FFCx's batched tables; AssembledKernel takes the form.")
@@ -166,11 +207,13 @@ class LaneFormatter:
     def _expression(self, node: Any) -> str:
         lane = self._is_lane(node)
         if isinstance(node, L.Symbol):
-            return str(node.name)
+            return str(self._indices.get(node.name, node.name))
         if isinstance(node, L.LiteralFloat | L.LiteralInt):
             return _number(node.value)
         if isinstance(node, L.MultiIndex):
             return self._expression(node.global_index)
+        if not lane and (known := self._known(node)) is not None:
+            return _number(known)
         if isinstance(node, L.ArrayAccess):
             return self._expression(node.array) + "".join(f"[{self._expression(i)}]" for i in node.indices)
         if isinstance(node, L.MathFunction):
@@ -182,6 +225,8 @@ class LaneFormatter:
         operand = self._operand if lane else self._grouped
         if isinstance(node, L.Neg):
             return f"-{operand(node.arg)}"
+        if isinstance(node, L.Product | L.Mul) and any(abs(self._known(x) or 0) == 1 for x in _terms(node)):
+            return self._product(node, operand)
         if isinstance(node, L.NaryOp):
             return f" {node.op} ".join(operand(x) for x in node.args)
         if isinstance(node, L.Add | L.Sub | L.Mul | L.Div):
@@ -235,6 +280,15 @@ class LaneFormatter:
         else:
             return None
         return root if value > 0 else f"(1.0 / {root})"
+
+
+def _terms(node: Any) -> list[Any]:
+    """The operands of a sum or product."""
+    return list(node.args) if isinstance(node, L.NaryOp) else [node.lhs, node.rhs]
+
+
+def _declares(node: Any) -> bool:
+    return any(isinstance(below, L.Declaration) for below in walk(node))
 
 
 def _number(value: Any) -> str:
