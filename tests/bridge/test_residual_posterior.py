@@ -1,6 +1,6 @@
 """What a posterior built from residuals gets wrong, and both corrections, by quadrature.
 
--(kappa u')' = 1 on (-1, 1), u(+-1) = 0, log kappa = m ~ N(0, 1), one sensor u(0) with noise 0.05, the datum of m = 0 without noise.
+-(kappa u')' = 1 on (-1, 1), u(+-1) = 0, log kappa = m ~ N(0, 1), one sensor u(0) with noise 0.05, the datum of m = 0.
 With p(r = 0 | u, m) = N(r(u, m); 0, eps^2 I), eps = 1e-4, and a flat p(u), all of u is integrated out in closed form: for
 r = K u + c,
 
@@ -24,7 +24,7 @@ import fem_vi
 
 EPS, NOISE = 1e-4, 0.05
 BAYES = (0.015, 0.102)
-# Computed independently of fem_vi, by the formula above with the matrix and load of linear elements on a uniform mesh.
+# From the formula above with NumPy's inverse of tridiag(-1, 2, -1) / h and 2001 points of quadrature on [-1.5, 1.5].
 UNCORRECTED = {10: (-0.068, 0.090), 20: (-0.141, 0.082), 40: (-0.255, 0.070), 80: (-0.413, 0.057)}
 GRID = torch.linspace(-1.2, 1.2, 161, dtype=torch.float64)
 every_mesh = pytest.mark.parametrize("elements", UNCORRECTED)
