@@ -7,8 +7,8 @@ A_e = T_e A_ref T_e^T, where T_e turns the dofs of the reference cell into those
 
 For each local dof i let l have the coefficient one there in *every* cell, and w the coefficients of row i of T_e^T G_e T_e. Then
 sum_i a(m; w_i, l_i) is the contraction. Such w and l are no functions of any space, but a form reads its coefficients cell by
-cell from a packed array, which may hold anything. So d/dm a(m; w, l) is derived and compiled once, as for functions, and assembled
-once for each local dof.
+cell from a packed array, which may hold anything. So d/dm a(m; w, l) is derived and compiled once, as for functions, and is
+assembled once for each local dof.
 """
 
 from __future__ import annotations
