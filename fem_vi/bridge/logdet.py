@@ -1,7 +1,7 @@
 """log |det dr/du| of a residual as a differentiable function of state and inputs.
 
 Where a posterior is built from residuals, p(r = 0 | u, m) = N(r(u, m); 0, eps^2) with a flat p(u), the integral over u leaves
-1 / |det dr/du(m)| behind: a prior that nobody asked for, worse on finer meshes. Adding this term to the log density takes it away.
+1 / |det dr/du(m)| behind: a prior that nobody asked for, worse on finer meshes. Adding this term to the log density removes it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ExactLogdet:
 class StochasticLogdet:
     """A random estimate for large problems whose Jacobian is symmetric and positive definite.
 
-    Value: stochastic Lanczos quadrature, with the mean over probes z of z^T log(K) z, K the Jacobian scaled to a diagonal of ones.
+    Value: stochastic Lanczos quadrature, the mean over probes z of z^T log(S) z, S the Jacobian K scaled to a diagonal of ones.
     Gradient: Hutchinson's estimate, the mean of z^T K^-1 dK z over the same probes, which takes as many solves. It is an
     unbiased estimate of the gradient, not the gradient of the estimated value. Probes are drawn anew in each call from torch's
     generator (that of rank 0), for each sample of a batch its own.

@@ -1,7 +1,7 @@
 """A residual times the inverse of its Jacobian at a reference: A0^-1 r(u, m).
 
-Entries of r scale with the mesh and the coefficients; those of A0^-1 r are errors of the state, to first order and up to what A differs
-from A0. A0 is constant, so that A0^-1 is a linear map with adjoint A0^-T, and derivatives of any order are those of r.
+Entries of r scale with the mesh and the coefficients; those of A0^-1 r are errors of the state, as far as A0 is the Jacobian. A0
+is constant, so that A0^-1 is a linear map with the adjoint A0^-T, and derivatives of any order are those of r.
 """
 
 from __future__ import annotations

@@ -143,9 +143,9 @@ class Residual:
     def in_solution_units(self, u: Tensor, *inputs: Tensor) -> Tensor:
         """s = (dr/du)^-1 r(u, m, ...) with dr/du at (u, m): the distance of u from the solution, to first order.
 
-        For a form that is linear in u, s = u - u(m), whatever u: the density N(s; 0, eps^2) of a residual posterior then leaves no
-        factor of m behind when u is integrated out. For any other, s is what Newton's method would subtract from u, and that
-        factor is removed at the solution only.
+        For a form that is linear in u, s = u - u(m) for the solution u(m): integrating u out of N(s; 0, eps^2) then leaves no
+        factor of m behind. For any other, s is what Newton's method would subtract from u; ds/du is one at the solution, so that
+        such a factor tends to one with eps.
 
         Args:
             u: State, `(*batch, n_owned)`.
@@ -192,7 +192,7 @@ class Residual:
 
     def estimate_logdet(self, u: Tensor, *inputs: Tensor, method: LogdetMethod = _EXACT) -> LogdetEstimate:
         """`logdet` with its standard error, of the same random probes. Collective."""
-        if method not in self._logdets:
+        if not isinstance(method, ExactLogdet | StochasticLogdet) or method not in self._logdets:
             with raise_on_all(self.pde.comm):
                 instance("method", method, ExactLogdet, StochasticLogdet)
             self._logdets[method] = create_logdet(self.pde, method)

@@ -33,7 +33,7 @@ class JacobianSamples:
         self._comm = pde.comm
 
     def groups(self, samples: Sequence[Sequence[Array]]) -> dict[Hashable, list[int]]:
-        """The samples of each Jacobian, in the order of their first ones; keys are fingerprints of all that it sees. Collective."""
+        """The samples of each Jacobian, in the order of their first ones, by a fingerprint of all that it sees. Collective."""
         out: dict[Hashable, list[int]] = {}
         for number, key in enumerate(fingerprint(self._comm, [[sample[k] for k in self._seen] for sample in samples])):
             out.setdefault(key, []).append(number)

@@ -6,9 +6,9 @@ A_e = T_e A_ref T_e^T, where T_e turns the dofs of the reference cell into those
     sum_ij (A^-T)_ij dA_ij = sum_e G_e : d(T_e A_ref T_e^T) = sum_e (T_e^T G_e T_e) : dA_ref,      G_e = (A^-T)[dofs_e, dofs_e].
 
 For each local dof i let l have the coefficient one there in *every* cell, and w the coefficients of row i of T_e^T G_e T_e. Then
-sum_i a(m; w_i, l_i) is the contraction; w and l are no functions of any space, but a form reads its coefficients cell by cell from
-a packed array, which may hold anything. So d/dm a(m; w, l) is derived and compiled once, as for functions, and assembled once for
-each local dof.
+sum_i a(m; w_i, l_i) is the contraction. Such w and l are no functions of any space, but a form reads its coefficients cell by
+cell from a packed array, which may hold anything. So d/dm a(m; w, l) is derived and compiled once, as for functions, and is
+assembled once for each local dof.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Region:
         tags = [tag for integral in form.integrals() for tag in _tags(integral)]
         self._free = 1 + max((tag for tag in tags if isinstance(tag, int)), default=0)
         found = find_entities(form)
-        self._whole = {
+        self._whole: dict[Any, list[Tagged]] = {
             kind: sorted((self._free if tag == -1 else tag, entities.ravel()) for tag, entities in tags.items())
             for kind, tags in found.items()
         }
@@ -139,8 +139,8 @@ def find_entities(form: ufl.Form) -> dict[Any, dict[int, Entities]]:
     for integral in form.integrals():
         if integral.integral_type() not in _WIDTHS:
             raise UnsupportedForm(
-                f"The form has an integral of the kind {integral.integral_type()}; parts of a residual and determinants can be had "
-                "for integrals over cells and facets."
+                f"The form has an integral of the kind {integral.integral_type()}; rows= and logdet take integrals over cells "
+                "and facets only."
             )
     one = fem.Constant(form.ufl_domain(), 1.0)
     measures = [integral.reconstruct(integrand=one, metadata={"quadrature_degree": 0}) for integral in form.integrals()]

@@ -2,8 +2,8 @@
 
 With the diagonal D of K and S = D^(-1/2) K D^(-1/2), log det K = log det D + tr log S, and for a vector z of independent signs
 E[z^T log(S) z] = tr log S. Lanczos's iteration, started at z, gives a tridiagonal matrix T whose eigenvalues and first components
-of eigenvectors are the nodes and weights of a Gauss quadrature for z^T f(S) z / |z|^2. The gradient is tr(K^-1 dK) = E[z^T K^-1 dK z].
-At prescribed dofs, where K is the identity, z is zero.
+of eigenvectors are the nodes and weights of a Gauss quadrature for z^T f(S) z / |z|^2. The gradient is tr(K^-1 dK), the mean of
+z^T K^-1 dK z. At prescribed dofs, where K is the identity, z is zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from fem_vi.pde.petsc_options import Options
 from fem_vi.pde.solver_choice import choose_solver
 from fem_vi.pde.weak_form import WeakForm
 
-_NOT_POSITIVE = "StochasticLogdet wants a Jacobian that is symmetric and positive definite; this one is not {what}. Take fem_vi.ExactLogdet()."
+_NOT_POSITIVE = (
+    "StochasticLogdet wants a symmetric, positive definite Jacobian; this one is not {what}. Take fem_vi.ExactLogdet() instead."
+)
 
 
 class StochasticDeterminant:
