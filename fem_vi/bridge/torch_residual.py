@@ -218,7 +218,7 @@ def _column(x: Tensor, own: tuple[int, ...], batch: tuple[int, ...], size: int) 
     if not any(n != 1 for n in own) and 0 not in batch:
         return x.reshape(size, 1)
     spread = x.reshape(*own, size).expand(*batch, size)
-    return spread.reshape(-1, size).t().contiguous()
+    return spread.reshape(math.prod(batch), size).t().contiguous()
 
 
 def assemble(plan: Plan, buffers: Mapping[str, Tensor], columns: Sequence[Tensor], num_samples: int) -> Tensor:

@@ -70,16 +70,17 @@ def _simplified(values: Array) -> Array:
 
 def cell_dofs(V: Any, cells: NDArray[np.int64]) -> NDArray[np.int64]:
     """Local unrolled dofs of cells, `(num_dofs, num_cells)`."""
-    bs = V.dofmap.bs
-    blocks = np.asarray(V.dofmap.list, dtype=np.int64)[cells]
-    return np.ascontiguousarray((blocks[:, :, None] * bs + np.arange(bs)).reshape(len(cells), -1).T)
+    return _unrolled(np.asarray(V.dofmap.list, dtype=np.int64)[cells], V.dofmap.bs)
 
 
 def geometry_nodes(msh: Any, cells: NDArray[np.int64]) -> NDArray[np.int64]:
     """Unrolled numbers of the coordinates of cells in `mesh.geometry.x[:, :gdim]`, in the order of the coordinate element."""
-    gdim = msh.geometry.dim
-    nodes = _compat.geometry_dofmap(msh)[cells].astype(np.int64)
-    return np.ascontiguousarray((nodes[:, :, None] * gdim + np.arange(gdim)).reshape(len(cells), -1).T)
+    return _unrolled(_compat.geometry_dofmap(msh)[cells].astype(np.int64), msh.geometry.dim)
+
+
+def _unrolled(blocks: NDArray[np.int64], bs: int) -> NDArray[np.int64]:
+    dofs = blocks[:, :, None] * bs + np.arange(bs)
+    return np.ascontiguousarray(dofs.reshape(len(blocks), blocks.shape[1] * bs).T)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Orientation:
 
 def orientation(V: Any, cells: NDArray[np.int64]) -> Orientation | None:
     """The transformations of the cells' basis functions; None where the element has none, or all are the identity."""
-    if not V.element.needs_dof_transformations:
+    if not V.element.needs_dof_transformations or len(cells) == 0:
         return None
     topology = V.mesh.topology
     topology.create_entity_permutations()
