@@ -20,6 +20,7 @@ from .bridge.solve import Solve as Solve
 from .bridge.split import Split as Split
 from .bridge.torch_kernel import TorchKernel as TorchKernel
 from .bridge.torch_residual import TorchResidual as TorchResidual
+from .errors import CompilerFailed as CompilerFailed
 from .errors import FailedOnAnotherRank as FailedOnAnotherRank
 from .errors import FemViError as FemViError
 from .errors import InvalidInput as InvalidInput
@@ -32,6 +33,7 @@ from .errors import SolveFailed as SolveFailed
 from .errors import UnsupportedDerivative as UnsupportedDerivative
 from .errors import UnsupportedForm as UnsupportedForm
 from .parallel import ProcessGrid as ProcessGrid
+from .pde.compiled import CompiledKernel as CompiledKernel
 from .pde.coordinates import coordinates as coordinates
 from .pde.kernels import AssembledKernel as AssembledKernel
 from .pde.mesh import MeshData as MeshData

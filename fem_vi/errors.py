@@ -22,6 +22,10 @@ class UnsupportedDerivative(FemViError, RuntimeError):
     """A derivative was asked for that an operator cannot give; it is refused rather than wrong."""
 
 
+class CompilerFailed(FemViError, RuntimeError):
+    """The C compiler, which makes the kernels of `CompiledKernel`, is missing or refused what it was given."""
+
+
 class MeshError(FemViError, ValueError):
     """A mesh file is missing, damaged, or describes something that DOLFINx cannot represent."""
 

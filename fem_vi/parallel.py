@@ -5,7 +5,7 @@ Besides `fem_vi.bridge.layout` this is the only module that calls mpi4py directl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fem_vi import errors
 
 T = TypeVar("T")
+_EXCHANGE = 7301  # the tag of messages of `exchange`
 
 
 def _rebuild(name: str, message: str, rank: int) -> Exception:
@@ -112,41 +113,6 @@ def all_values(comm: MPI.Comm, value: T) -> list[T]:
     return comm.allgather(value) if comm.size > 1 else [value]
 
 
-def send_to_each(comm: MPI.Comm, values: Sequence[T]) -> list[T]:
-    """What each rank has for this one.
-
-    Args:
-        comm: Communicator.
-        values: One for each rank.
-
-    MPI: Collective.
-    """
-    return comm.alltoall(list(values))
-
-
-def exchange_rows(
-    comm: MPI.Comm, rows: NDArray[np.floating], num_send: NDArray[np.int64], num_receive: NDArray[np.int64]
-) -> NDArray[np.floating]:
-    """Rows of a matrix sent to other ranks, and those received.
-
-    Args:
-        comm: Communicator.
-        rows: `(num_send.sum(), width)`, contiguous: those for rank 0 first. All ranks have the same width and type.
-        num_send: Rows for each rank.
-        num_receive: Rows from each rank.
-
-    Returns:
-        `(num_receive.sum(), width)`: those from rank 0 first.
-
-    MPI: Collective.
-    """
-    received = np.empty((int(num_receive.sum()), rows.shape[1]), dtype=rows.dtype)
-    line = rows.shape[1] * rows.dtype.itemsize
-    sent, got = rows.view(np.uint8).reshape(-1), received.view(np.uint8).reshape(-1)
-    comm.Alltoallv([sent, num_send * line, MPI.BYTE], [got, num_receive * line, MPI.BYTE])
-    return received
-
-
 def fingerprint(comm: MPI.Comm, samples: Sequence[Sequence[NDArray[np.float64]]]) -> list[int]:
     """A number for the contents of some arrays: equal for equal contents, and by chance in 2^64 for others.
 
@@ -165,6 +131,30 @@ def fingerprint(comm: MPI.Comm, samples: Sequence[Sequence[NDArray[np.float64]]]
     total = np.empty(len(local), dtype=np.int64)
     comm.Allreduce(np.array(local, dtype=np.int64), total, op=MPI.SUM)
     return total.tolist()  # type: ignore[no-any-return]
+
+
+def all_to_all(comm: MPI.Comm, values: Sequence[T]) -> list[T]:
+    """What each rank has for this one, in the order of ranks; `values` is what this one has for each. Collective."""
+    return comm.alltoall(values) if comm.size > 1 else list(values)
+
+
+def exchange(
+    comm: MPI.Comm, send: Mapping[int, NDArray[np.float64]], receive: Mapping[int, NDArray[np.float64]]
+) -> Mapping[int, NDArray[np.float64]]:
+    """Send arrays to some ranks and fill those that come from others, which expect one another. Collective for those ranks.
+
+    Args:
+        comm: Communicator.
+        send: Contiguous arrays, by the rank that they go to.
+        receive: Contiguous arrays of the right size, by the rank that they come from.
+
+    Returns:
+        `receive`, filled.
+    """
+    requests = [comm.Irecv(array, source=rank, tag=_EXCHANGE) for rank, array in receive.items()]
+    requests += [comm.Isend(array, dest=rank, tag=_EXCHANGE) for rank, array in send.items()]
+    MPI.Request.Waitall(requests)
+    return receive
 
 
 def any_rank(comm: MPI.Comm, flag: bool) -> bool:

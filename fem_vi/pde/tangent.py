@@ -62,11 +62,13 @@ class Tangent:
 
     Attributes:
         form: T.
+        symbols: The Functions and Constants that hold dx.
     """
 
     def __init__(self, form: ufl.Form, inputs: Sequence[Input]) -> None:
         self._inputs = tuple(inputs)
         self._directions = [Direction(given) for given in inputs]
+        self.symbols = [direction.symbol for direction in self._directions]
         self.form = self.derivative(form)
 
     def derivative(self, form: ufl.Form) -> ufl.Form:

@@ -1,10 +1,10 @@
-"""`Residual` with `TorchKernel` against the DOLFINx loop, `AssembledKernel`: residual and VJP to the state and the field, 64 samples.
+"""`Residual` with `TorchKernel` against the DOLFINx loop, `AssembledKernel`: residual and VJP to state and field, 64 samples.
 
     OMP_NUM_THREADS=1 container/run python3 -m tests.benchmarks.bench_torch_kernel [n ...]
 
-P1 on an n x n square of triangles, -div(k grad u) = 1 with k = e^m and k = (1 + u^2) e^m, float64, one thread; CPU time, medians of
-rounds in turn. Bar: no slower than the loop at n = 64 and 128. Where there is a CUDA device, a second table has 1024 samples on it in
-float64 and float32, wall time, against the loop's time for each sample; bar: 50 times faster.
+P1 on an n x n square of triangles, -div(k grad u) = 1 with k = e^m and k = (1 + u^2) e^m, float64, one thread; CPU time, medians
+of rounds in turn. Bar: no slower than the loop at n = 64 and 128. Where there is a CUDA device, a second table has 1024 samples
+on it in float64 and float32, wall time, against the loop's time for each sample; bar: 50 times faster.
 """
 
 from __future__ import annotations
@@ -102,9 +102,8 @@ def on_cuda(n: int) -> None:
             speedup = each * SAMPLES_ON_GPU / statistics.median(times)
             verdict = "ok" if speedup >= 50.0 else "TOO SLOW"
             milliseconds = 1e3 * statistics.median(times)
-            print(
-                f"n = {n:>3}, {name}, {SAMPLES_ON_GPU} samples, {dtype}: {milliseconds:.1f} ms, {speedup:.0f} times the loop   {verdict}"
-            )
+            about = f"n = {n:>3}, {name}, {SAMPLES_ON_GPU} samples, {dtype}"
+            print(f"{about}: {milliseconds:.1f} ms, {speedup:.0f} times the loop   {verdict}")
 
 
 def main(sizes: list[int]) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import fem_vi
 from fem_vi import output
-from tests.bridge.torch_cases import TORCH_CASES
 from tests.helpers import CASES, Case
+from tests.kernel_forms import FORMS
 
 COMM = MPI.COMM_WORLD
 ROOT = Path(__file__).parent.parent.parent
@@ -71,7 +71,7 @@ def test_a_residual_runs_without_fenicsx(name: str, tmp_path: Path) -> None:
 
 def test_a_residual_read_again_is_the_same(tmp_path: Path) -> None:
     path = tmp_path / "residual.safetensors"
-    residual, at = exported(TORCH_CASES["subdomains"](MPI.COMM_SELF), path)
+    residual, at = exported(FORMS["subdomains"](MPI.COMM_SELF), path)
     at[-1] = at[-1][0]
     loaded = fem_vi.load_residual(path)
     assert torch.equal(loaded(*at), residual(*at))

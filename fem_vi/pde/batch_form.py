@@ -1,0 +1,280 @@
+"""A 1-form compiled for batches: all samples at once, each block of samples on SIMD lanes, blocks shared out among threads."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ufl
+from dolfinx import fem
+from dolfinx.cpp.mesh import cell_num_entities
+from numpy.typing import NDArray
+
+from fem_vi.errors import UnsupportedForm
+from fem_vi.parallel import raise_on_all, sum_over_ranks
+from fem_vi.pde import _compat
+from fem_vi.pde._compat_ffcx import Entities, IntegrationDomains, integral_codes
+from fem_vi.pde.c_compiler import load_library
+from fem_vi.pde.inputs import Array, ConstantInput, Input
+from fem_vi.pde.lane_job import CEntities, CField, CJob, ConstantSpace, FieldSpace, Geometry, Rows, address
+from fem_vi.pde.lane_source import Contents, Plan, source, source_key
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Values:
+    """The values of a Function or Constant for some samples.
+
+    Attributes:
+        values: `(num_rows, size)`: owned coefficients, or entries.
+        rows: The row that each sample reads.
+    """
+
+    values: Array
+    rows: Rows
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all samples read the same row."""
+        return len(self.values) == 1 or bool(np.all(self.rows == self.rows[0]))
+
+
+class KernelMesh:
+    """What the compiled forms of one weak form have in common.
+
+    Args:
+        mesh: DOLFINx mesh.
+        form: UFL form that the others are derived from.
+        num_threads: Threads that share the samples out.
+
+    MPI: Collective.
+    """
+
+    def __init__(self, mesh: Any, form: ufl.Form, num_threads: int) -> None:
+        self.mesh = mesh
+        self.comm = self.mesh.comm
+        self.num_threads = num_threads
+        self._domains = IntegrationDomains(form)
+        self._entities: dict[tuple[str, tuple[int, ...]], Entities] = {}
+        self._spaces: dict[int, FieldSpace] = {}
+        self._scratch: dict[int, Array] = {}
+        self.num_cells = len(_compat.geometry_dofmap(self.mesh))
+        self.geometry = self._create_geometry()
+
+    def _create_geometry(self) -> Geometry:
+        mesh, topology = self.mesh, self.mesh.topology
+        topology.create_entity_permutations()
+        facets = cell_num_entities(topology.cell_type, topology.dim - 1)
+        permutations = np.zeros(self.num_cells * facets, dtype=np.uint8)  # of points, which the facets of intervals are
+        if topology.dim > 1:
+            permutations = np.ascontiguousarray(topology.get_facet_permutations(), dtype=np.uint8)
+        return Geometry(mesh.geometry.x, np.ascontiguousarray(_compat.geometry_dofmap(mesh)), permutations, facets)
+
+    def space(self, space: Any) -> FieldSpace:
+        """A function space as kernels see it. Collective when it is first asked for."""
+        if id(space) not in self._spaces:
+            self._spaces[id(space)] = FieldSpace(space)
+        return self._spaces[id(space)]
+
+    def entities(self, kind: str, subdomains: tuple[int, ...]) -> Entities:
+        """What an integral runs over. Not collective."""
+        if (kind, subdomains) not in self._entities:
+            found = [self._domains.entities(kind, number) for number in subdomains]
+            self._entities[kind, subdomains] = np.concatenate(found)
+        return self._entities[kind, subdomains]
+
+    def scratch(self, thread: int, size: int) -> int:
+        """The address of memory for `size` numbers that one thread may write to; it is kept for the next call."""
+        if thread not in self._scratch or len(self._scratch[thread]) < size + _ALIGNMENT:
+            self._scratch[thread] = np.empty(size + _ALIGNMENT)
+        return -(-self._scratch[thread].ctypes.data // _ALIGNMENT) * _ALIGNMENT
+
+
+class BatchForm:
+    """A 1-form whose test function has a block for each of some Functions and Constants.
+
+    Args:
+        form: UFL form, derivatives expanded.
+        blocks: What the blocks of the test function belong to: a Function's space, or a number for each entry of a Constant.
+        fixed: Functions and Constants of the form whose values do not change.
+        mesh: What it shares with other forms.
+
+    Raises:
+        UnsupportedForm: On every rank, naming what has no translation.
+
+    MPI: Collective.
+    """
+
+    def __init__(self, form: ufl.Form, blocks: Sequence[Input], fixed: Sequence[Input], mesh: KernelMesh) -> None:
+        self._mesh = mesh
+        self._blocks = tuple(blocks)
+        self._fixed = {given.symbol: given for given in fixed}
+        coefficients = form.coefficients()
+        with raise_on_all(mesh.comm):
+            _check_meshes(coefficients, mesh)
+        spaces = [mesh.space(symbol.function_space) for symbol in coefficients]
+        self._constants = list(form.constants())
+        self._out = [
+            ConstantSpace(given.size, mesh.num_cells) if isinstance(given, ConstantInput) else mesh.space(given.space)
+            for given in blocks
+        ]
+        count = sum(int(np.prod(c.ufl_shape)) for c in self._constants)
+        self._constant_space = ConstantSpace(count, mesh.num_cells)
+        plan = Plan(
+            [space.layout for space in spaces],
+            count,
+            any(c not in self._fixed for c in self._constants),
+            [space.layout for space in self._out],
+            mesh.geometry.dofmap.shape[1],
+            mesh.geometry.facets,
+        )
+        self._library = load_library(source_key(form, plan), lambda: source(integral_codes(form), plan), mesh.comm)
+        self._lanes = ctypes.c_int64.in_dll(self._library, "fem_vi_lanes").value
+        contents = Contents.spelt(str(ctypes.c_char_p.in_dll(self._library, "fem_vi_contents").value, "ascii"))
+        self._functions = {coefficients[position]: spaces[position] for position in contents.read}
+        self._entities = [mesh.entities(kind, subdomains) for kind, subdomains in contents.integrals]
+        self._c_entities = (CEntities * len(self._entities))(
+            *(CEntities(address(entities), len(entities)) for entities in self._entities)
+        )
+
+    def add(self, num_samples: int, values: Mapping[Any, Values], grads: Sequence[Values]) -> None:
+        """Evaluate the form for all samples and add each block's part to the rows of its result.
+
+        Args:
+            num_samples: How many samples there are.
+            values: For each Function and Constant of the form that is not fixed.
+            grads: For each block, what is added to, `(num_rows, size)`, and the row that each sample adds to.
+
+        MPI: Collective.
+        """
+        keep: list[Any] = []  # what the C structures point to
+        inputs = [self._input(symbol, values, keep) for symbol in self._functions]
+        if self._constants:
+            inputs.append(self._constant_input(num_samples, values, keep))
+        num_blocks = -(-num_samples // self._lanes)
+        sums = [_create_sum(space, grad, num_blocks, self._mesh.comm) for space, grad in zip(self._out, grads, strict=True)]
+        self._run(num_samples, inputs, [part.field for part in sums])
+        for part in sums:
+            part.finish()
+
+    def _input(self, symbol: Any, values: Mapping[Any, Values], keep: list[Any]) -> CField:
+        space = self._functions[symbol]
+        if symbol in self._fixed:
+            local = symbol.x.array
+            return space.field(owned=local, ghosts=None, rows=None, is_result=False)
+        given = values[symbol]
+        owned = np.ascontiguousarray(given.values[given.rows[:1]] if given.is_shared else given.values)
+        ghosts = space.halo.forward(owned)
+        if given.is_shared:
+            owned = np.concatenate([owned[0], ghosts[0]]) if ghosts.size else owned
+            keep.append(owned)
+            return space.field(owned=owned, ghosts=None, rows=None, is_result=False)
+        rows = np.ascontiguousarray(given.rows, dtype=np.int64)
+        keep += [owned, ghosts, rows]
+        return space.field(owned=owned, ghosts=ghosts, rows=rows, is_result=False)
+
+    def _constant_input(self, num_samples: int, values: Mapping[Any, Values], keep: list[Any]) -> CField:
+        given = [
+            Values(np.reshape(c.value, (1, -1)), np.zeros(num_samples, dtype=np.intp)) if c in self._fixed else values[c]
+            for c in self._constants
+        ]
+        is_shared = all(one.is_shared for one in given)
+        chosen = slice(1) if is_shared else slice(None)
+        table = np.ascontiguousarray(np.concatenate([one.values[one.rows[chosen]] for one in given], axis=1), dtype=np.float64)
+        rows = None if is_shared else np.arange(num_samples, dtype=np.int64)
+        keep += [table, rows]
+        return self._constant_space.field(owned=table, rows=rows)
+
+    def _run(self, num_samples: int, inputs: Sequence[CField], outputs: Sequence[CField]) -> None:
+        """Share the blocks of samples out among threads. Not collective."""
+        mesh, geometry = self._mesh, self._mesh.geometry
+        num_blocks = -(-num_samples // self._lanes)
+        num_threads = max(1, min(mesh.num_threads, num_blocks))
+        size = self._lanes * sum(field.num_local for field in (*(given for given in inputs if given.rows), *outputs))
+        c_in, c_out = (CField * max(1, len(inputs)))(*inputs), (CField * len(outputs))(*outputs)
+        bounds = [num_blocks * thread // num_threads for thread in range(num_threads + 1)]
+        jobs = [
+            CJob(
+                c_in, c_out, self._c_entities, address(geometry.x), address(geometry.dofmap), address(geometry.permutations),
+                mesh.scratch(thread, size), num_samples, bounds[thread], bounds[thread + 1],
+            )
+            for thread in range(num_threads)
+        ]  # fmt: skip
+        in_parallel([lambda job=job: self._library.fem_vi_run(ctypes.byref(job)) for job in jobs])  # type: ignore[misc]
+
+
+def in_parallel(works: Sequence[Callable[[], Any]]) -> None:
+    """Run C functions side by side, the first on this thread; the interpreter's lock is free while they run."""
+    threads = [threading.Thread(target=work) for work in works[1:]]
+    for thread in threads:
+        thread.start()
+    works[0]()
+    for thread in threads:
+        thread.join()
+
+
+def _check_meshes(symbols: Sequence[fem.Function], mesh: KernelMesh) -> None:
+    for symbol in symbols:
+        if symbol.function_space.mesh.ufl_domain() != mesh.mesh.ufl_domain():
+            raise UnsupportedForm(
+                f"CompiledKernel takes one mesh; '{symbol}' lives on another. AssembledKernel may take the form."
+            )
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Where a kernel adds one block of its results, and what is left to do when it has run.
+
+    Attributes:
+        field: For the kernel.
+        finish: Collective.
+    """
+
+    field: CField
+    finish: Callable[[], None]
+
+
+def _create_sum(space: FieldSpace | ConstantSpace, grad: Values, num_blocks: int, comm: Any) -> _Sum:
+    """The cheapest way to add to the rows: in place; summed over samples; or sample by sample, and added up afterwards."""
+    if isinstance(space, ConstantSpace):
+        return _sum_of_constant(space, grad, comm)
+    halo = space.halo
+    if len(grad.rows) == len(grad.values) and grad.values.flags.c_contiguous:
+        rows = np.ascontiguousarray(grad.rows, dtype=np.int64)
+        ghosts = np.zeros((len(rows), halo.num_ghosts))
+        field = space.field(owned=grad.values, ghosts=ghosts, rows=rows, is_result=True)
+        return _Sum(field, lambda: (rows, halo.reverse(ghosts, grad.values))[1])
+    if grad.is_shared:
+        parts = np.empty((num_blocks, halo.num_owned + halo.num_ghosts))
+
+        def add_total() -> None:
+            total, row = parts.sum(axis=0, keepdims=True), grad.rows[0]
+            grad.values[row] += total[0, : halo.num_owned]
+            halo.reverse(total[:, halo.num_owned :], grad.values[row : row + 1])
+
+        return _Sum(space.field(owned=parts, ghosts=None, rows=None, is_result=True), add_total)
+    alone = Values(np.zeros((len(grad.rows), halo.num_owned)), np.arange(len(grad.rows)))
+    inner = _create_sum(space, alone, num_blocks, comm)
+
+    def add_rows() -> None:
+        inner.finish()
+        np.add.at(grad.values, grad.rows, alone.values)
+
+    return _Sum(inner.field, add_rows)
+
+
+def _sum_of_constant(space: ConstantSpace, grad: Values, comm: Any) -> _Sum:
+    parts = np.zeros((len(grad.rows), space.size))
+    rows: NDArray[np.int64] = np.arange(len(grad.rows), dtype=np.int64)
+
+    def add_rows() -> None:
+        total = np.zeros_like(grad.values)
+        np.add.at(total, grad.rows[rows], parts)
+        grad.values[...] += sum_over_ranks(comm, total)
+
+    return _Sum(space.field(owned=parts, rows=rows), add_rows)

@@ -1,0 +1,137 @@
+"""What compiled kernels are given: C structures over NumPy arrays, which must outlive the call."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fem_vi.pde.dof_transformations import Transformation, dof_transformations
+from fem_vi.pde.halo import Halo
+from fem_vi.pde.inputs import Array
+from fem_vi.pde.lane_source import Layout
+
+Rows = NDArray[np.intp]
+
+_pointer, _int64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class CTransform(ctypes.Structure):
+    """See `fem_vi.pde.lane_runtime`."""
+
+    _fields_ = [(name, _pointer) for name in ("class_of", "ptr", "col", "val")]  # noqa: RUF012
+
+
+class CField(ctypes.Structure):
+    """See `fem_vi.pde.lane_runtime`."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, _pointer) for name in ("owned", "ghosts", "rows")),
+        *((name, _int64) for name in ("num_owned", "num_local")),
+        ("dofmap", _pointer),
+        ("transform", CTransform),
+    ]
+
+
+class CEntities(ctypes.Structure):
+    """See `fem_vi.pde.lane_runtime`."""
+
+    _fields_ = [("list", _pointer), ("num", _int64)]  # noqa: RUF012
+
+
+class CJob(ctypes.Structure):
+    """See `fem_vi.pde.lane_runtime`."""
+
+    _fields_ = [  # noqa: RUF012
+        ("in", ctypes.POINTER(CField)),
+        ("out", ctypes.POINTER(CField)),
+        ("entities", ctypes.POINTER(CEntities)),
+        *((name, _pointer) for name in ("x", "geometry", "permutations", "scratch")),
+        *((name, _int64) for name in ("num_samples", "first", "last")),
+    ]
+
+
+def address(array: NDArray[Any] | None) -> int | None:
+    """Where an array's contiguous entries begin."""
+    if array is None:
+        return None
+    if not array.flags.c_contiguous:
+        raise AssertionError("an array for a compiled kernel is not contiguous")
+    return array.ctypes.data
+
+
+def c_transform(given: Transformation | None) -> CTransform:
+    """A transformation, or none, as C reads it."""
+    return CTransform() if given is None else CTransform(*map(address, (given.class_of, given.ptr, given.col, given.val)))
+
+
+class FieldSpace:
+    """A function space as kernels see it.
+
+    Args:
+        space: DOLFINx function space.
+
+    Attributes:
+        halo: Its ghosts.
+        layout: How a cell's dofs lie in an element tensor.
+
+    MPI: Collective.
+    """
+
+    def __init__(self, space: Any) -> None:
+        self.space = space
+        self.halo = Halo(space)
+        self._dofmap = np.ascontiguousarray(space.dofmap.list, dtype=np.int32)
+        self._transformations = dof_transformations(space)
+        self.layout = Layout(self._dofmap.shape[1], space.dofmap.bs, self._transformations is not None)
+
+    def field(self, *, owned: Array, ghosts: Array | None, rows: Rows | None, is_result: bool) -> CField:
+        """The structure for a coefficient that is read, or for a block of the result.
+
+        Args:
+            owned: `(num_rows, num_owned)`; without rows one row of all local coefficients, or one for each block of samples.
+            ghosts: `(num_rows, num_ghosts)`.
+            rows: Row of each sample, int64; None where they have one in common.
+            is_result: Which of the two it is.
+        """
+        transform = c_transform(self._transformations[is_result] if self._transformations else None)
+        num_owned, num_local = self.halo.num_owned, self.halo.num_owned + self.halo.num_ghosts
+        return CField(address(owned), address(ghosts), address(rows), num_owned, num_local, address(self._dofmap), transform)
+
+
+class ConstantSpace:
+    """The entries of Constants, the same for every cell.
+
+    Args:
+        size: Number of entries.
+        num_cells: Cells of this rank, ghosts included.
+    """
+
+    def __init__(self, size: int, num_cells: int) -> None:
+        self.size = size
+        self.layout = Layout(1, size, False)
+        self._dofmap = np.zeros(num_cells, dtype=np.int32)
+
+    def field(self, *, owned: Array, rows: Rows | None) -> CField:
+        """The structure for Constants that are read, or for the gradient of one; see `FieldSpace.field`."""
+        return CField(address(owned), None, address(rows), self.size, self.size, address(self._dofmap), CTransform())
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The mesh as kernels see it.
+
+    Attributes:
+        x: Coordinates of the nodes.
+        dofmap: Nodes of each cell.
+        permutations: How each facet of each cell is turned.
+        facets: Facets of a cell.
+    """
+
+    x: Array
+    dofmap: NDArray[np.int32]
+    permutations: NDArray[np.uint8]
+    facets: int
