@@ -260,7 +260,9 @@ def numbers(residual: fem_vi.Residual, case: Case, at: list[Tensor], *, second: 
     curved_ = []
     if second:
         slope = sum((g * d).sum() for g, d in zip(gradients, along, strict=True))
-        curved_ = list(torch.autograd.grad(slope, leaves))
+        curved_ = [torch.zeros_like(x) for x in leaves]
+        if slope.requires_grad:  # torch knows of a linear residual that its slope is the same everywhere
+            curved_ = list(torch.autograd.grad(slope, leaves, materialize_grads=True))
     return Numbers(value.detach(), [g.detach() for g in gradients], tangent, curved_)
 
 

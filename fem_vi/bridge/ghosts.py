@@ -1,6 +1,6 @@
 """Ghost rows of fields as differentiable maps: owned rows to local ones, and the sum of local rows on their owners.
 
-Rows are dofs and columns are samples, so that one message carries a row of all samples. The two maps are each other's adjoint:
+Rows are dofs and columns are samples. The two maps are each other's adjoint:
 
     to_local   owners' rows are copied to ghosts      its adjoint adds what ghosts have to their owners
     to_owned   ghosts' rows are added to owners       its adjoint copies
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fem_vi.bridge.layout import as_numpy
 from fem_vi.bridge.linear import apply_linear
 from fem_vi.pde.halo import Halo
 
@@ -56,18 +58,23 @@ class Ghosts:
         return apply_linear(self._add, self._copy, r)
 
     def _copy(self, x: Tensor) -> Tensor:
-        samples = x.movedim(-2, -1)
-        ghosts = torch.from_numpy(self._halo.forward(_lines(samples))).reshape(*samples.shape[:-1], self._halo.num_ghosts)
-        return torch.cat([x, ghosts.to(x.device).movedim(-1, -2)], dim=-2)
+        ghosts = self._halo.forward(_lines(x))
+        return torch.cat([x, _restored(ghosts, x)], dim=-2)
 
     def _add(self, r: Tensor) -> Tensor:
-        samples = r.movedim(-2, -1)
-        lines = _lines(samples)
-        owned = lines[:, : self._halo.num_owned].copy()
-        self._halo.reverse(lines[:, self._halo.num_owned :], owned)
-        return torch.from_numpy(owned).reshape(*samples.shape[:-1], self._halo.num_owned).to(r.device).movedim(-1, -2)
+        owned, ghosts = r.split([self._halo.num_owned, self._halo.num_ghosts], dim=-2)
+        lines = _lines(owned).copy()
+        self._halo.reverse(_lines(ghosts), lines)
+        return _restored(lines, owned)
 
 
-def _lines(samples: Tensor) -> Any:
-    """All leading axes as one, on the host: `(num_lines, n)`."""
-    return samples.flatten(0, -2).numpy(force=True)
+def _lines(x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """`(*lead, rows, num_samples)` as `(lead * num_samples, rows)`, on the host."""
+    across = x.transpose(-1, -2)
+    return np.ascontiguousarray(as_numpy(across).reshape(across.shape[:-1].numel(), across.shape[-1]))
+
+
+def _restored(lines: np.ndarray[Any, np.dtype[np.float64]], like: Tensor) -> Tensor:
+    """The inverse of `_lines`, for the leading axes, number of samples, type and device of another tensor."""
+    across = torch.from_numpy(lines).reshape(*like.shape[:-2], like.shape[-1], lines.shape[1])
+    return across.transpose(-1, -2).to(like).contiguous()

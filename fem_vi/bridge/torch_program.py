@@ -181,7 +181,7 @@ class Part:
         return self._buffers[dofs][:, self._range].reshape(-1)
 
     def _lines(self, values: Tensor, out: Tensor) -> Tensor:
-        return values.reshape(-1, values.shape[-1]).expand(-1, out.shape[-1])
+        return values.flatten(0, 1).expand(-1, out.shape[-1])
 
     def take_rows(self, out: Tensor, dofs: str) -> Tensor:
         """The adjoint of `add_rows`."""
@@ -212,13 +212,13 @@ class Part:
         if read.variants:
             values = torch.matmul(table[self._buffers[read.variants][self._range]], x.transpose(0, 1)).transpose(0, 1)
         else:
-            values = torch.matmul(table, x.reshape(x.shape[0], -1)).reshape(-1, *x.shape[1:])
+            values = torch.matmul(table, x.flatten(1)).unflatten(1, x.shape[1:])
         return [values[start:stop] for start, stop in read.rows]
 
     def _step(self, step: Step, operands: Sequence[Tensor]) -> Tensor:
         if step.op == "integral":
             (x,) = operands
-            return torch.matmul(self._buffers[self.program.weights], x.reshape(x.shape[0], -1)).reshape(1, *x.shape[1:])
+            return torch.matmul(self._buffers[self.program.weights], x.flatten(1)).unflatten(1, x.shape[1:])
         if step.op == "number":
             return self._buffers[self.program.weights].new_full((1, 1, 1), step.number or 0.0)
         if step.number is not None:
@@ -251,7 +251,7 @@ def _contract(table: Tensor, x: Tensor) -> Tensor:
     """Tables `(num_dofs, rows)`, or `(num_cells, num_dofs, rows)`, times `(rows, num_cells, samples)`."""
     if table.ndim == 3:
         return torch.matmul(table, x.transpose(0, 1)).transpose(0, 1)
-    return torch.matmul(table, x.reshape(x.shape[0], -1)).reshape(-1, *x.shape[1:])
+    return torch.matmul(table, x.flatten(1)).unflatten(1, x.shape[1:])
 
 
 def _joined(rows: Sequence[tuple[int, int]], values: Sequence[Tensor]) -> Iterable[tuple[tuple[int, int], Tensor]]:

@@ -170,7 +170,7 @@ class TorchResidual(nn.Module):
         if self._exchange is not None:
             r = self._exchange.to_owned(r)
         r = self._with_prescribed_rows(r, owned, local, buffers)
-        return r.t().reshape(*batch, r.shape[0])
+        return r.t().contiguous().reshape(*batch, r.shape[0])
 
     def check(self, *given: Tensor) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
         """The batch axes of the tensors of a call, and of all together; see the class for what is refused. Not collective."""
@@ -189,7 +189,7 @@ class TorchResidual(nn.Module):
     ) -> Tensor:
         plan = self.plan
         rows = buffers[plan.rows]
-        if rows.numel() == 0:
+        if rows.numel() == 0 and not plan.prescribed:  # with one, the graph must be the same on ranks that have no such rows
             return r
         r = r.index_copy(0, rows, (owned[0].index_select(0, rows) - buffers[plan.values]).expand(-1, r.shape[1]))
         for source in plan.prescribed:
@@ -218,7 +218,7 @@ def _column(x: Tensor, own: tuple[int, ...], batch: tuple[int, ...], size: int) 
     if not any(n != 1 for n in own) and 0 not in batch:
         return x.reshape(size, 1)
     spread = x.reshape(*own, size).expand(*batch, size)
-    return spread.reshape(-1, size).t().contiguous()
+    return spread.reshape(math.prod(batch), size).t().contiguous()
 
 
 def assemble(plan: Plan, buffers: Mapping[str, Tensor], columns: Sequence[Tensor], num_samples: int) -> Tensor:

@@ -157,9 +157,7 @@ class BatchForm:
         if self._constants:
             inputs.append(self._constant_input(num_samples, values, keep))
         num_blocks = -(-num_samples // self._lanes)
-        sums = [
-            _create_sum(space, grad, num_blocks, self._mesh.comm) for space, grad in zip(self._out, grads, strict=True)
-        ]
+        sums = [_create_sum(space, grad, num_blocks, self._mesh.comm) for space, grad in zip(self._out, grads, strict=True)]
         self._run(num_samples, inputs, [part.field for part in sums])
         for part in sums:
             part.finish()
@@ -223,7 +221,9 @@ def in_parallel(works: Sequence[Callable[[], Any]]) -> None:
 def _check_meshes(symbols: Sequence[fem.Function], mesh: KernelMesh) -> None:
     for symbol in symbols:
         if symbol.function_space.mesh.ufl_domain() != mesh.mesh.ufl_domain():
-            raise UnsupportedForm(f"CompiledKernel takes one mesh; '{symbol}' lives on another. AssembledKernel may take the form.")
+            raise UnsupportedForm(
+                f"CompiledKernel takes one mesh; '{symbol}' lives on another. AssembledKernel may take the form."
+            )
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,12 @@ def dof_transformations(space: Any) -> tuple[Transformation, Transformation] | N
         space: DOLFINx function space.
     """
     element = space.ufl_element()
-    if _matrix(element, 0) is None:
+    if transformation_matrix(element, 0) is None:
         return None
     topology = space.mesh.topology
     topology.create_entity_permutations()
     info, class_of = np.unique(topology.get_cell_permutation_info(), return_inverse=True)
-    matrices = [np.asarray(_matrix(element, int(number))) for number in info]
+    matrices = [np.asarray(transformation_matrix(element, int(number))) for number in info]
     return _stored([matrix.T for matrix in matrices], class_of), _stored(matrices, class_of)
 
 
@@ -65,15 +65,15 @@ def _stored(matrices: list[Array], class_of: NDArray[np.intp]) -> Transformation
     )
 
 
-def _matrix(element: Any, cell_info: int) -> Array | None:
-    """T of one cell; None where it is the identity for every cell."""
+def transformation_matrix(element: Any, cell_info: int) -> Array | None:
+    """T of one cell of an element, for its permutation number; None where it is the identity for every cell."""
     if isinstance(element, basix.ufl._MixedElement):
-        parts = [(part.dim, _matrix(part, cell_info)) for part in element.sub_elements]
+        parts = [(part.dim, transformation_matrix(part, cell_info)) for part in element.sub_elements]
         if all(matrix is None for _, matrix in parts):
             return None
         return scipy.linalg.block_diag(*(np.eye(dim) if matrix is None else matrix for dim, matrix in parts))
     if isinstance(element, basix.ufl._BlockedElement):
-        inner = _matrix(element.sub_elements[0], cell_info)
+        inner = transformation_matrix(element.sub_elements[0], cell_info)
         return None if inner is None else np.kron(inner, np.eye(element.block_size))
     if not isinstance(element, basix.ufl._BasixElement):
         return None  # of quadrature points, which belong to their cell

@@ -41,10 +41,10 @@ class Halo:
 
     def forward(self, owned: Array) -> Array:
         """The ghosts of fields, `(num_rows, num_ghosts)`, from their owned coefficients, `(num_rows, num_owned)`. Collective."""
-        ghosts = np.empty((len(owned), self.num_ghosts), dtype=owned.dtype)
+        ghosts = np.empty((len(owned), self.num_ghosts))
         if self._comm.size > 1:
             send = {rank: np.ascontiguousarray(owned[:, own]) for rank, own in self._shared.items()}
-            receive = {rank: np.empty((len(owned), own.size), dtype=owned.dtype) for rank, own in self._ghosts.items()}
+            receive = {rank: np.empty((len(owned), own.size)) for rank, own in self._ghosts.items()}
             for rank, values in exchange(self._comm, send, receive).items():
                 ghosts[:, self._ghosts[rank]] = values
         return ghosts
@@ -53,7 +53,7 @@ class Halo:
         """Add what other ranks have in their ghosts to the owned coefficients; shapes as in `forward`. Collective."""
         if self._comm.size > 1:
             send = {rank: np.ascontiguousarray(ghosts[:, own]) for rank, own in self._ghosts.items()}
-            receive = {rank: np.empty((len(owned), own.size), dtype=owned.dtype) for rank, own in self._shared.items()}
+            receive = {rank: np.empty((len(owned), own.size)) for rank, own in self._shared.items()}
             for rank, values in exchange(self._comm, send, receive).items():
                 owned[:, self._shared[rank]] += values
 

@@ -16,6 +16,7 @@ from dolfinx import fem, mesh
 from numpy.typing import NDArray
 
 from fem_vi.errors import UnsupportedForm
+from fem_vi.parallel import raise_on_all
 from fem_vi.pde import _compat
 from fem_vi.pde.inputs import Array
 
@@ -54,7 +55,7 @@ def integration_entities(msh: Any, kind: str, data: Any, ids: Sequence[Any]) -> 
         ids: Subdomain numbers; "otherwise" and "everywhere" stand for all.
 
     Raises:
-        UnsupportedForm: Where interior facets between two ranks are not known to both.
+        UnsupportedForm: On every rank, where interior facets between two ranks are not known to both.
 
     MPI: Collective.
     """
@@ -64,6 +65,9 @@ def integration_entities(msh: Any, kind: str, data: Any, ids: Sequence[Any]) -> 
         topology.create_entities(tdim - 1)
         topology.create_connectivity(tdim - 1, tdim)
         topology.create_connectivity(tdim, tdim - 1)
+    if kind == "interior_facet":
+        with raise_on_all(msh.comm):
+            _check_shared_facets(topology)
     parts = [_entities(msh, kind, data, number) for number in ids]
     flat = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
     if kind == "cell":
@@ -78,6 +82,18 @@ def integration_entities(msh: Any, kind: str, data: Any, ids: Sequence[Any]) -> 
         permutations = topology.get_facet_permutations().astype(np.int64)
         variants = permutations[cells * num_facets + facets] * num_facets + facets
     return Entities(cells, facets, variants)
+
+
+def _facets_of_one_cell(topology: Any) -> NDArray[np.intp]:
+    return np.flatnonzero(np.diff(topology.connectivity(topology.dim - 1, topology.dim).offsets) == 1)
+
+
+def _check_shared_facets(topology: Any) -> None:
+    if np.intersect1d(_facets_of_one_cell(topology), topology.interprocess_facets()).size:
+        raise UnsupportedForm(
+            "The form has integrals over interior facets, and some facets between two ranks are known to one cell only. "
+            "Make the mesh with ghost_mode=dolfinx.mesh.GhostMode.shared_facet."
+        )
 
 
 def _entities(msh: Any, kind: str, data: Any, number: Any) -> NDArray[np.int32]:
@@ -99,14 +115,7 @@ def _entities(msh: Any, kind: str, data: Any, number: Any) -> NDArray[np.int32]:
     if kind == "exterior_facet":
         chosen = np.intersect1d(chosen, mesh.exterior_facet_indices(topology)).astype(np.int32)
     else:
-        offsets = topology.connectivity(tdim - 1, tdim).offsets
-        alone = np.flatnonzero(np.diff(offsets) == 1)
-        if np.intersect1d(alone, topology.interprocess_facets()).size:
-            raise UnsupportedForm(
-                "The form has integrals over interior facets, and some facets between two ranks are known to one cell only. "
-                "Make the mesh with ghost_mode=dolfinx.mesh.GhostMode.shared_facet."
-            )
-        chosen = np.setdiff1d(chosen, alone).astype(np.int32)
+        chosen = np.setdiff1d(chosen, _facets_of_one_cell(topology)).astype(np.int32)
     return np.asarray(_compat.integration_domains(KINDS[kind], topology, chosen)).ravel()
 
 

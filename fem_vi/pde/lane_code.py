@@ -113,7 +113,13 @@ class LaneFormatter:
         not finite is lost.
         """
         begin, end = self._known(s.begin), self._known(s.end)
-        if not isinstance(s.index, L.Symbol) or begin is None or end is None or end - begin > _LONGEST_UNROLLED or _declares(s.body):
+        if (
+            not isinstance(s.index, L.Symbol)
+            or begin is None
+            or end is None
+            or end - begin > _LONGEST_UNROLLED
+            or _declares(s.body)
+        ):
             i = self._scalar(s.index)
             head = f"for (int {i} = {self._scalar(s.begin)}; {i} < {self._scalar(s.end)}; ++{i})"
             return f"{head} {{\n{self._statement(s.body)}}}\n"

@@ -144,7 +144,9 @@ class _Points:
             self.known[key] = [self._symbol() for _ in found.pivots]
             for symbol, row in zip(self.known[key], found.weights, strict=True):
                 terms = [
-                    product([L.LiteralFloat(float(c)), *(at(x, index.name, i) for x in rest)]) for i, c in enumerate(row) if c != 0
+                    product([L.LiteralFloat(float(c)), *(at(x, index.name, i) for x in rest)])
+                    for i, c in enumerate(row)
+                    if c != 0
                 ]
                 self.before.append(L.VariableDecl(symbol, L.Sum(terms)))
         return [L.AssignAdd(target, L.Product([y, x])) for y, x in zip(self.known[key], self._columns(table), strict=True)]
@@ -158,8 +160,7 @@ class _Points:
             self.known[key] = [self._symbol() for _ in found.pivots]
             self.before += [L.VariableDecl(symbol, 0.0) for symbol in self.known[key]]
             new = [
-                L.AssignAdd(symbol, product([*rest, x]))
-                for symbol, x in zip(self.known[key], self._columns(table), strict=True)
+                L.AssignAdd(symbol, product([*rest, x])) for symbol, x in zip(self.known[key], self._columns(table), strict=True)
             ]
         for i in range(found.weights.shape[1]):
             terms = [

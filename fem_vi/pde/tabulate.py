@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fem_vi.errors import UnsupportedForm
 from fem_vi.pde import _compat
+from fem_vi.pde.dof_transformations import transformation_matrix
 from fem_vi.pde.inputs import Array
 
 _ROUNDING = 1e-13
@@ -70,16 +71,17 @@ def _simplified(values: Array) -> Array:
 
 def cell_dofs(V: Any, cells: NDArray[np.int64]) -> NDArray[np.int64]:
     """Local unrolled dofs of cells, `(num_dofs, num_cells)`."""
-    bs = V.dofmap.bs
-    blocks = np.asarray(V.dofmap.list, dtype=np.int64)[cells]
-    return np.ascontiguousarray((blocks[:, :, None] * bs + np.arange(bs)).reshape(len(cells), -1).T)
+    return _unrolled(np.asarray(V.dofmap.list, dtype=np.int64)[cells], V.dofmap.bs)
 
 
 def geometry_nodes(msh: Any, cells: NDArray[np.int64]) -> NDArray[np.int64]:
     """Unrolled numbers of the coordinates of cells in `mesh.geometry.x[:, :gdim]`, in the order of the coordinate element."""
-    gdim = msh.geometry.dim
-    nodes = _compat.geometry_dofmap(msh)[cells].astype(np.int64)
-    return np.ascontiguousarray((nodes[:, :, None] * gdim + np.arange(gdim)).reshape(len(cells), -1).T)
+    return _unrolled(_compat.geometry_dofmap(msh)[cells].astype(np.int64), msh.geometry.dim)
+
+
+def _unrolled(blocks: NDArray[np.int64], bs: int) -> NDArray[np.int64]:
+    dofs = blocks[:, :, None] * bs + np.arange(bs)
+    return np.ascontiguousarray(dofs.reshape(len(blocks), blocks.shape[1] * bs).T)
 
 
 @dataclass(frozen=True)
@@ -101,34 +103,17 @@ class Orientation:
 
 
 def orientation(V: Any, cells: NDArray[np.int64]) -> Orientation | None:
-    """The transformations of the cells' basis functions; None where the element has none, or all are the identity."""
-    if not V.element.needs_dof_transformations:
+    """The transformations of the cells' basis functions; None where the element has none, or all are the identity. Collective."""
+    element = V.ufl_element()
+    if transformation_matrix(element, 0) is None:
         return None
     topology = V.mesh.topology
     topology.create_entity_permutations()
+    if len(cells) == 0:
+        return None
     info = np.asarray(topology.get_cell_permutation_info(), dtype=np.uint32)[cells]
     different, numbers = np.unique(info, return_inverse=True)
-    matrices = np.stack([_transformation(V.ufl_element(), int(code)) for code in different])
+    matrices = np.stack([np.asarray(transformation_matrix(element, int(code))) for code in different])
     if np.array_equal(matrices, np.broadcast_to(np.eye(matrices.shape[1]), matrices.shape)):
         return None
     return Orientation(matrices, numbers.astype(np.int64))
-
-
-def _transformation(element: Any, code: int) -> Array:
-    """T for a cell with this permutation code (DOLFINx's own function crashes for mixed elements)."""
-    if element.block_size > 1:
-        return np.asarray(np.kron(_transformation(element.sub_elements[0], code), np.eye(element.block_size)))
-    if element.is_mixed:
-        parts = [_transformation(part, code) for part in element.sub_elements]
-        ends = np.cumsum([0, *map(len, parts)])
-        whole = np.zeros((ends[-1], ends[-1]))
-        for part, start, stop in zip(parts, ends[:-1], ends[1:], strict=True):
-            whole[start:stop, start:stop] = part
-        return whole
-    size = element.dim
-    flat = np.eye(size).ravel()
-    if not element.is_quadrature:
-        basis = element.basix_element
-        if not basis.dof_transformations_are_identity and not basis.dof_transformations_are_permutations:
-            basis.T_apply(flat, size, code)  # permutations are in the dofmap
-    return np.asarray(flat.reshape(size, size))
