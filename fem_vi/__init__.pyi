@@ -39,6 +39,9 @@ from .report import report as report
 from .vi.diagnostics import Diagnosis as Diagnosis
 from .vi.diagnostics import diagnose as diagnose
 from .vi.fit import fit as fit
+from .vi.laplace import LaplaceNormal as LaplaceNormal
+from .vi.laplace import LaplaceReport as LaplaceReport
+from .vi.laplace import laplace as laplace
 from .vi.likelihood import GaussianNoise as GaussianNoise
 from .vi.objective import ELBO as ELBO
 from .vi.posterior.full_rank import FullRankNormal as FullRankNormal
@@ -50,6 +53,7 @@ from .vi.prior import GaussianVector as GaussianVector
 from .vi.problem import InverseProblem as InverseProblem
 from .vi.run import Run as Run
 from .vi.start import GaussNewton as GaussNewton
+from .vi.start import NewtonCG as NewtonCG
 from .vi.start import PresentParameters as PresentParameters
 
 __version__: str

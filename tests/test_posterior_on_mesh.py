@@ -400,3 +400,33 @@ def test_copies_and_pickles(name: str) -> None:
     assert float(moved) == pytest.approx(0.5 * prior.num_global)
     with pytest.raises(fem_vi.InvalidInput, match=r"cannot be pickled.*state_dict"):
         pickle.dumps(posterior)
+
+
+# The Laplace approximation
+
+
+@pytest.mark.mpi
+def test_laplace_is_the_exact_posterior() -> None:
+    exact, problem = exact_source(), source_inversion(COMM).problem
+    posterior = fem_vi.laplace(problem)
+    gather, q, report = problem.prior.gather, posterior(), posterior.report
+    assert report.search.converged
+    assert report.log_evidence == pytest.approx(exact.log_evidence, abs=0.01)
+    assert ((gather(q.mean.detach()) - exact.mean).abs() / exact.prior_sd).max() < 1e-6
+    assert (gather(q.variance.detach()) / exact.variance - 1).abs().max() < 1e-3
+    values = torch.linalg.eigvalsh(exact.precision).flip(0)[: len(report.eigenvalues)] - 1
+    torch.testing.assert_close(torch.tensor(report.eigenvalues, dtype=F64), values, rtol=1e-6, atol=1e-8)
+    assert report.neglected < 1e-3 < values[-1]
+
+
+@pytest.mark.mpi
+def test_laplace_of_a_nonlinear_problem() -> None:
+    problem = log_diffusion(COMM)
+    ours, rows = fem_vi.laplace(problem), fem_vi.laplace(problem, mode=fem_vi.GaussNewton())
+    alone = fem_vi.laplace(log_diffusion(MPI.COMM_SELF))
+    for report in (ours.report, rows.report):
+        assert report.search.converged
+        assert report.search.grad_norm < 1e-6 * report.search.first_grad_norm
+        assert report.log_evidence == pytest.approx(alone.report.log_evidence, abs=2e-3)
+    torch.testing.assert_close(problem.prior.gather(ours.mu.detach()), alone.prior.gather(alone.mu.detach()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours().variance.detach(), rows().variance.detach(), rtol=1e-3, atol=0.0)

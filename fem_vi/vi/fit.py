@@ -42,7 +42,7 @@ from fem_vi.vi.run import (
     rows_of,
 )
 from fem_vi.vi.session import Session, make_checkpoint, take_checkpoint
-from fem_vi.vi.start import GaussNewton, PresentParameters, default_start
+from fem_vi.vi.start import GaussNewton, NewtonCG, PresentParameters, default_start, starts_linearised
 from fem_vi.vi.state import gather_parameters, is_field
 
 # Where nothing but rounding errors is left, Adam would scale them up to full steps, and precise data make these costly. Two
@@ -63,7 +63,7 @@ def fit(
     resume: bool = False,
     optimizer: OptimizerFactory | None = None,
     schedule: Callable[[float], float] | Cosine | Constant = Cosine(),  # noqa: B008 - frozen
-    start: GaussNewton | PresentParameters | None = None,
+    start: GaussNewton | NewtonCG | PresentParameters | None = None,
     seed: int = 0,
     checkpoint_every: int = 50,
     callbacks: Sequence[Callable[[Row], None]] = (),
@@ -84,7 +84,8 @@ def fit(
         optimizer: Makes a torch optimiser from parameters; for fields an elementwise one (Adam, SGD, RMSprop). None takes
             Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`, 0.5 / sqrt(unknowns) otherwise.
         schedule: Factor on the learning rate after a fraction of the steps.
-        start: `GaussNewton()` or `PresentParameters()`; None takes the first for a new posterior with at most 1,000 data.
+        start: `GaussNewton()`, `NewtonCG()` or `PresentParameters()`; None takes the first for a new posterior with at most
+            1,000 data.
         seed: Of the samples; rank 0's counts. The state of torch's generator is left as it was found.
         checkpoint_every: Steps between checkpoints.
         callbacks: Called with each row of the history, on every rank.
@@ -108,7 +109,7 @@ def fit(
         instance("path", path, str, PathLike, NoneType)
         instance("optimizer", optimizer, Callable, NoneType)  # type: ignore[arg-type]
         instance("schedule", schedule, Callable)  # type: ignore[arg-type]
-        instance("start", start, GaussNewton, PresentParameters, NoneType)
+        instance("start", start, GaussNewton, NewtonCG, PresentParameters, NoneType)
         instance("callbacks", callbacks, Sequence)
         for callback in callbacks:
             instance("callbacks: an entry", callback, Callable)  # type: ignore[arg-type]
@@ -126,7 +127,7 @@ def fit(
         if resume and folder is not None and start is None and optimizer is None:
             begin = _stored_start(problem, folder, begin)
         if optimizer is None:
-            optimizer = default_optimizer(problem.prior.num_global, linearised=isinstance(begin, GaussNewton))
+            optimizer = default_optimizer(problem.prior.num_global, linearised=starts_linearised(begin, posterior))
         session = Session(problem, posterior, objective, optimizer(posterior.parameters()), schedule, steps)
         session.continue_from(Cost(), 0.0)
         choices = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
@@ -159,8 +160,8 @@ def _check_same_on_all_ranks(problem: InverseProblem, posterior: nn.Module, give
 
 
 def _stored_start(
-    problem: InverseProblem, folder: Path, begin: GaussNewton | PresentParameters
-) -> GaussNewton | PresentParameters:
+    problem: InverseProblem, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
+) -> GaussNewton | NewtonCG | PresentParameters:
     """The start that the run in a folder chose by default; `begin` where there is no such run. Collective.
 
     The default depends on whether the posterior is new, and one that was fitted before in this process is not.
@@ -173,7 +174,7 @@ def _stored_start(
     name = all_values(prior.comm, name)[0]
     choices: tuple[GaussNewton | PresentParameters, ...] = (GaussNewton(), PresentParameters())
     for choice in choices:
-        if name == name_of(default_optimizer(prior.num_global, linearised=isinstance(choice, GaussNewton))):
+        if name == name_of(default_optimizer(prior.num_global, linearised=choice != PresentParameters())):
             return choice
     return begin
 
