@@ -82,7 +82,7 @@ def fit(
         path: Run folder to write, or None. The same for all ranks.
         resume: Go on with the run in `path`, where there is one.
         optimizer: Makes a torch optimiser from parameters; for fields an elementwise one (Adam, SGD, RMSprop). None takes
-            Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`, 0.5 / sqrt(unknowns) otherwise.
+            Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`, 0.5 / sqrt(unknowns) otherwise; a `Flow` has its own.
         schedule: Factor on the learning rate after a fraction of the steps.
         start: `GaussNewton()`, `NewtonCG()` or `PresentParameters()`; None takes the first for a new posterior with at most
             1,000 data.
@@ -125,9 +125,9 @@ def fit(
     with private_generator(seed):
         begin = default_start(problem, posterior) if start is None else start
         if resume and folder is not None and start is None and optimizer is None:
-            begin = _stored_start(problem, folder, begin)
+            begin = _stored_start(problem, posterior, folder, begin)
         if optimizer is None:
-            optimizer = default_optimizer(problem.prior.num_global, linearised=starts_linearised(begin, posterior))
+            optimizer = default_optimizer(posterior, problem.prior.num_global, linearised=starts_linearised(begin, posterior))
         session = Session(problem, posterior, objective, optimizer(posterior.parameters()), schedule, steps)
         session.continue_from(Cost(), 0.0)
         choices = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
@@ -160,7 +160,7 @@ def _check_same_on_all_ranks(problem: InverseProblem, posterior: nn.Module, give
 
 
 def _stored_start(
-    problem: InverseProblem, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
+    problem: InverseProblem, posterior: nn.Module, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
 ) -> GaussNewton | NewtonCG | PresentParameters:
     """The start that the run in a folder chose by default; `begin` where there is no such run. Collective.
 
@@ -172,11 +172,10 @@ def _stored_start(
         if prior.comm.rank == 0 and (folder / "config.json").exists():
             name = str(read_json(folder / "config.json").get("optimizer"))
     name = all_values(prior.comm, name)[0]
-    choices: tuple[GaussNewton | PresentParameters, ...] = (GaussNewton(), PresentParameters())
-    for choice in choices:
-        if name == name_of(default_optimizer(prior.num_global, linearised=choice != PresentParameters())):
-            return choice
-    return begin
+    names = [name_of(default_optimizer(posterior, prior.num_global, linearised=linearised)) for linearised in (True, False)]
+    if names[0] == names[1] or name not in names:
+        return begin
+    return GaussNewton() if name == names[0] else PresentParameters()
 
 
 def _describe(session: Session, choices: Mapping[str, object], seed: int) -> dict[str, Any]:
