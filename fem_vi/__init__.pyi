@@ -72,6 +72,7 @@ from .vi.posterior.low_rank import LowRankNormal as LowRankNormal
 from .vi.posterior.low_rank import UnitDiagonal as UnitDiagonal
 from .vi.posterior.mean_field import MeanFieldNormal as MeanFieldNormal
 from .vi.posterior.mixture import Mixture as Mixture
+from .vi.posterior.sparse_precision import SparsePrecisionNormal as SparsePrecisionNormal
 from .vi.prior import GaussianVector as GaussianVector
 from .vi.problem import InverseProblem as InverseProblem
 from .vi.run import Run as Run

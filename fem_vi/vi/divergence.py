@@ -6,8 +6,8 @@ through the samples alone, the density held constant, follows from E_q[g(m) dlog
     d/dphi E_q[f(r)] = -E_q[h(r) dm/dphi . du/dm],    h(r) = r^2 f''(r),
 
 with h = 1 for KL(q || p) (f = -log r) and h = r for KL(p || q) (f = r log r). Where q is the posterior, du/dm = 0 and every
-sample gives a gradient of zero. The evidence in r is estimated from the same draws: self-normalised importance sampling, consistent and
-biased by O(1 / samples).
+sample gives a gradient of zero. The evidence in r is estimated from the same draws: self-normalised importance sampling,
+consistent and biased by O(1 / samples).
 
 For the bound log E_q[e^(s u)] / s, s = 1 - alpha, the same step applied to its Monte Carlo estimate, with normalised weights w_i
 of e^(s u_i), gives weights alpha w_i + (1 - alpha) w_i^2.

@@ -63,7 +63,7 @@ def test_mmd_is_differentiable_and_keeps_its_digits_far_from_the_origin(kernel):
 
 @pytest.mark.parametrize("count", [4000, 1500])
 def test_sliced_wasserstein_of_normals(count):
-    # Projections are N(0, 1) and N(shift . theta, 0.25): the squared distance is (shift . theta)^2 + 0.25, on average |shift|^2 / n + 0.25.
+    # Projections are N(0, 1) and N(shift . theta, 0.25), (shift . theta)^2 + 0.25 apart, on average |shift|^2 / n + 0.25.
     shift, n = torch.tensor([0.6, -0.4, 0.0, 0.8], dtype=F64), 4
     x, y = numbers(1, 4000, n), shift + 0.5 * numbers(2, count, n)
     value = float(sliced_wasserstein(x, y, numbers(3, 500, n)))
@@ -144,7 +144,7 @@ def test_refusals():
     affine = Affine.create()
     target = GivenSamples(numbers(1, 4, 5))
     for make, words in (
-        (lambda: MMD(numbers(1, 4, 5)), r"target is .*GivenSamples"),
+        (lambda: MMD(numbers(1, 4, 5)), r"(?s)target is .*GivenSamples"),
         (lambda: MMD(target, samples=1), r"samples is 1"),
         (lambda: MMD(target, kernel="rbf"), r"kernel is 'rbf'; .*GaussianKernel or EnergyKernel"),
         (lambda: GaussianKernel(0.0), r"length is 0.0"),

@@ -154,13 +154,11 @@ class FlowDistribution(SampledDistribution):
         weighs_cheaply: Whether the density of a given point costs no more than that of a draw.
     """
 
-    def __init__(
-        self, prior: FieldPrior, affine: Affine, networks: Networks, direction: FastSampling | FastDensity
-    ) -> None:
+    def __init__(self, prior: FieldPrior, affine: Affine, networks: Networks, direction: FastSampling | FastDensity) -> None:
         super().__init__(prior)
         self._affine, self._networks = affine, networks
         # What a flow of zuko returns reads the module's parameters when it is called. Those of now are meant.
-        self._parameters = dict(networks.named_parameters())
+        self._parameters: dict[str, Tensor] = dict(networks.named_parameters())
         self._samples_forward = isinstance(direction, FastSampling)
         self.weighs_cheaply = not self._samples_forward
 
