@@ -18,6 +18,7 @@ from .bridge.solve import Solve as Solve
 from .bridge.split import Split as Split
 from .errors import FailedOnAnotherRank as FailedOnAnotherRank
 from .errors import FemViError as FemViError
+from .errors import FitInterrupted as FitInterrupted
 from .errors import InvalidInput as InvalidInput
 from .errors import MeshError as MeshError
 from .errors import NotFinite as NotFinite
@@ -57,7 +58,9 @@ from .vi.fit import fit as fit
 from .vi.laplace import LaplaceNormal as LaplaceNormal
 from .vi.laplace import LaplaceReport as LaplaceReport
 from .vi.laplace import laplace as laplace
+from .vi.lbfgs import LBFGS as LBFGS
 from .vi.likelihood import GaussianNoise as GaussianNoise
+from .vi.natural import NaturalGradient as NaturalGradient
 from .vi.objective import ELBO as ELBO
 from .vi.objective import AnalyticKL as AnalyticKL
 from .vi.objective import PathDerivative as PathDerivative
@@ -79,5 +82,8 @@ from .vi.run import Run as Run
 from .vi.start import GaussNewton as GaussNewton
 from .vi.start import NewtonCG as NewtonCG
 from .vi.start import PresentParameters as PresentParameters
+from .vi.stopping import Best as Best
+from .vi.stopping import Last as Last
+from .vi.stopping import Plateau as Plateau
 
 __version__: str

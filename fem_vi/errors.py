@@ -42,5 +42,9 @@ class RunFolderError(FemViError, RuntimeError):
     """A run folder or checkpoint cannot be written, or cannot be trusted when read."""
 
 
+class FitInterrupted(FemViError, KeyboardInterrupt):
+    """A signal ended a fit between two steps, after a checkpoint was written; the message says how to go on."""
+
+
 class FailedOnAnotherRank(FemViError, RuntimeError):
     """Another MPI rank raised an error that this rank has no class for; the message quotes it."""
