@@ -10,7 +10,9 @@ precision:
                   ds^2 = tr(K C K C) / 2 + tr(K B'B)
 
 so that the steps F^-1 g are products and solves with triangular or rank x rank matrices. A rotation of U leaves P alone; C is
-symmetric, and takes the symmetric half of U'g.
+symmetric, and takes the symmetric half of U'g. Of all A with A + A' = C the one with the shortest dU is taken, in the eigenbasis
+of G with eigenvalues g: A_ij = C_ij g_j / (g_i + g_j). Others, A = C / 2 among them, add strong directions to weak columns, and
+the term dU dU' of the change in P, which is of second order in the step, becomes the largest.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.prior import FieldPrior
 from fem_vi.vi.state import is_field
 
-SMALLEST = 1e-3
+WEAKEST = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class NaturalGradient:
     On a quadratic target a step of lr = 1 takes the mean to where the present covariance says the optimum is; noise asks for
     less. A step is shortened where it would move the distribution by more than `most` nats.
 
+    Errors of a dense or low-rank scale feed their own noise: `lr` must be below 2 samples / unknowns, or they grow. Of a
+    mean-field family, `lr` must be below two over the largest eigenvalue of the precision in units of its diagonal, which
+    correlated unknowns make large; there Adam is the better choice.
+
     Attributes:
         lr: Fraction of the full step.
         most: KL divergence from one step to the next, to second order, in nats.
@@ -52,7 +58,7 @@ class NaturalGradient:
     """
 
     lr: float = 0.1
-    most: float = 1.0
+    most: float = 0.2
 
     def __post_init__(self) -> None:
         positive("NaturalGradient: lr", self.lr)
@@ -142,19 +148,21 @@ def _full_rank(posterior: FullRankNormal) -> dict[str, Tensor]:
 
 
 def _low_rank(posterior: LowRankNormal) -> dict[str, Tensor]:
-    """Directions of a norm below 1e-3 are taken to have that norm: their own steps would have no bound."""
+    """Directions in which U adds less than 0.1 to the precision move as if it were 0.1: near U = 0 steps have no bound."""
     prior, U, g = posterior.prior, posterior.U, _gradient(posterior.U)
     parts = prior.all_sum(torch.cat([U @ U.T, U @ g.T], dim=1))  # here U is stored transposed, (rank, n_owned)
     rank = len(U)
     G = parts[:, :rank]
     values, vectors = torch.linalg.eigh(G)
-    values = values.clamp_min(SMALLEST**2)
-    inverse_G = (vectors / values) @ vectors.T
-    inverse_K = (vectors * ((1.0 + values) / values)) @ vectors.T
-    seen = parts[:, rank:]  # U'g
-    across = g - prior.localise(inverse_G @ seen).T @ U
-    C = inverse_K @ (0.5 * (seen + seen.T)) @ inverse_K
-    step = prior.localise(0.5 * C).T @ U + prior.localise(inverse_K) @ across
+    size = values.clamp_min(WEAKEST)
+    inverse_K = (1.0 + size) / size
+    seen = vectors.T @ parts[:, rank:] @ vectors  # U'g in the eigenbasis of G
+    C = inverse_K[:, None] * (0.5 * (seen + seen.T)) * inverse_K
+    positive = values.clamp_min(torch.finfo(values.dtype).tiny)
+    A = vectors @ (C * positive / (positive[:, None] + positive)) @ vectors.T
+    along = (vectors / size) @ seen @ vectors.T
+    across = g - prior.localise(along).T @ U
+    step = prior.localise(A).T @ U + prior.localise((vectors * inverse_K) @ vectors.T) @ across
     gradient = _gradient(posterior.mu)
     w = prior.localise(torch.linalg.solve(torch.eye(rank, dtype=G.dtype) + G, prior.all_sum(U @ gradient)))
     return {"mu": gradient - w @ U, "U": step}
