@@ -50,5 +50,9 @@ class ResidualFileError(FemViError, RuntimeError):
     """A file of a residual cannot be written, or cannot be trusted when read."""
 
 
+class FitInterrupted(FemViError, KeyboardInterrupt):
+    """A signal ended a fit between two steps, after a checkpoint was written; the message says how to go on."""
+
+
 class FailedOnAnotherRank(FemViError, RuntimeError):
     """Another MPI rank raised an error that this rank has no class for; the message quotes it."""

@@ -400,3 +400,77 @@ def test_copies_and_pickles(name: str) -> None:
     assert float(moved) == pytest.approx(0.5 * prior.num_global)
     with pytest.raises(fem_vi.InvalidInput, match=r"cannot be pickled.*state_dict"):
         pickle.dumps(posterior)
+
+
+# The Laplace approximation
+
+
+@pytest.mark.mpi
+def test_laplace_is_the_exact_posterior() -> None:
+    exact, problem = exact_source(), source_inversion(COMM).problem
+    posterior = fem_vi.laplace(problem)
+    gather, q, report = problem.prior.gather, posterior(), posterior.report
+    assert report.search.converged
+    assert report.log_evidence == pytest.approx(exact.log_evidence, abs=0.01)
+    assert ((gather(q.mean.detach()) - exact.mean).abs() / exact.prior_sd).max() < 1e-6
+    assert (gather(q.variance.detach()) / exact.variance - 1).abs().max() < 1e-3
+    values = torch.linalg.eigvalsh(exact.precision).flip(0)[: len(report.eigenvalues)] - 1
+    torch.testing.assert_close(torch.tensor(report.eigenvalues, dtype=F64), values, rtol=1e-6, atol=1e-8)
+    assert report.neglected < 1e-3 < values[-1]
+
+
+@pytest.mark.mpi
+def test_laplace_of_a_nonlinear_problem() -> None:
+    problem = log_diffusion(COMM)
+    ours, rows = fem_vi.laplace(problem), fem_vi.laplace(problem, mode=fem_vi.GaussNewton())
+    alone = fem_vi.laplace(log_diffusion(MPI.COMM_SELF))
+    for report in (ours.report, rows.report):
+        assert report.search.converged
+        assert report.search.grad_norm < 1e-6 * report.search.first_grad_norm
+        assert report.log_evidence == pytest.approx(alone.report.log_evidence, abs=2e-3)
+    torch.testing.assert_close(problem.prior.gather(ours.mu.detach()), alone.prior.gather(alone.mu.detach()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours().variance.detach(), rows().variance.detach(), rtol=1e-3, atol=0.0)
+
+
+# Sparse precision
+
+
+def kriging(comm: MPI.Comm, n: int = 9) -> fem_vi.InverseProblem:
+    """A Matern field, seen itself at 30 points: the posterior's precision has the pattern of the prior's."""
+    V = fem.functionspace(mesh.create_unit_square(comm, n, n), ("Lagrange", 1))
+    observe = fem_vi.PointObservation(V, SENSORS)
+    y = torch.from_numpy(np.sin(4 * SENSORS[:, 0]) + 0.1 * NOISE)
+    return fem_vi.InverseProblem(fem_vi.MaternField(V, std=1.0, length=0.3), observe, fem_vi.GaussianNoise(0.1), y)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("rings", [1, 2])
+def test_sparse_precision_of_the_prior(rings: int) -> None:
+    prior = kriging(COMM).prior
+    q = fem_vi.SparsePrecisionNormal(prior, rings)()
+    m = prior.rsample((2,))
+    if rings == 2:
+        torch.testing.assert_close(q.log_prob(m), prior.log_prob(m), rtol=1e-9, atol=1e-6)
+        torch.testing.assert_close(q.variance, prior.variance, rtol=1e-8, atol=0.0)
+    entropy = 0.5 * prior.num_global * (1 + math.log(2 * math.pi)) + float(prior.whitening_logdet)
+    assert float(q.entropy()) == pytest.approx(entropy, abs=1e-6)
+
+
+@pytest.mark.mpi
+def test_sparse_precision_is_the_exact_posterior_of_local_data() -> None:
+    problem, alone = kriging(COMM), kriging(MPI.COMM_SELF)
+    prior = alone.prior
+    eye = torch.eye(prior.num_global, dtype=F64)
+    root = (prior.unwhiten(eye) - prior.mean).T
+    A = alone.forward(eye).T
+    C0 = root @ root.T
+    precision = torch.linalg.inv(C0) + A.T @ A / 0.01
+    mean = torch.linalg.solve(precision, A.T @ problem.y / 0.01)
+    evidence = MultivariateNormal(torch.zeros(30, dtype=F64), A @ C0 @ A.T + 0.01 * torch.eye(30, dtype=F64)).log_prob(problem.y)
+    posterior = fem_vi.SparsePrecisionNormal(problem.prior)
+    fem_vi.GaussNewton()(problem, posterior)
+    q, gather = posterior(), problem.prior.gather
+    torch.testing.assert_close(gather(q.mean.detach()), prior.gather(mean), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(gather(q.variance), prior.gather(torch.linalg.inv(precision).diagonal()), rtol=1e-7, atol=0.0)
+    run = fem_vi.fit(problem, posterior, fem_vi.ELBO(samples=4), steps=2, start=fem_vi.PresentParameters())
+    assert run.history[-1].elbo == pytest.approx(float(evidence), abs=1e-5)

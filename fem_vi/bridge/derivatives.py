@@ -113,6 +113,8 @@ class _Pullback(torch.autograd.Function):
         lam, out, *inputs = ctx.saved_tensors
         dx = _complete(tangents, inputs)
         out_dot = _Pushforward.apply(ctx.operator, ctx.call, out, *inputs, *dx)
+        if not any(ctx.needs_input_grad[4:]):  # a product with the Jacobian by two pullbacks: linear in g
+            return None, None, None, out_dot, None, *(None for _ in inputs)
         return None, None, None, out_dot, *_Curvature.apply(ctx.operator, ctx.call, lam, out, out_dot, *inputs, *dx)
 
     @staticmethod

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 import ufl
 from torch import Tensor
@@ -189,6 +190,27 @@ class MaternField(Distribution):
     def write_fields(self, path: str | Path, fields: Mapping[str, Tensor]) -> None:
         """Write field tensors `(n_owned,)` to an XDMF file; see `fem_vi.write_fields`. Collective."""
         write_fields(path, self.V, fields)
+
+    def precision(self, rings: int) -> scipy.sparse.csc_matrix:
+        """A sparse precision matrix over the nodes, replicated, in the order of `gather`.
+
+        Args:
+            rings: 2 for this field's own, tau^2 K D^-1 K, whose entries reach from each node to the neighbours of its
+                neighbours; 1 for c K on the neighbours, with c such that the determinants agree: a rougher field.
+
+        MPI: Collective.
+        """
+        parts = all_values(self.comm, self._operator.owned_rows())
+        blocks = [
+            scipy.sparse.csr_matrix((values, columns, starts), shape=(len(starts) - 1, self.num_global))
+            for starts, columns, values in parts
+        ]
+        order = self._file_order().numpy()
+        K = scipy.sparse.vstack(blocks, format="csr")[order][:, order].tocsc()
+        if rings == 1:
+            return K * math.exp((-2.0 * float(self.whitening_logdet) - self._operator.logdet()) / self.num_global)
+        mass = self.gather(self._mass).numpy()
+        return (self._tau**2 * (K @ scipy.sparse.diags(1.0 / mass) @ K)).tocsc()
 
     def _apply(self, symmetric: Callable[[Array], Array], x: Tensor) -> Tensor:
         """A symmetric matrix, its own adjoint, times field tensors with any batch axes."""

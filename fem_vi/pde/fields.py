@@ -78,6 +78,11 @@ class SpdOperator:
             product[:] = self._y.array_r
         return out
 
+    def owned_rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
+        """The rows that this rank owns, compressed: starts, global columns, values. Not collective."""
+        starts, columns, values = self._matrix.getValuesCSR()
+        return starts.astype(np.int64), columns.astype(np.int64), np.array(values)
+
     def logdet(self) -> float:
         """log det K, from the factorisation, replicated.
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fem_vi.arguments import instance, whole
-from fem_vi.errors import InvalidInput, NotFinite, RunFolderError
+from fem_vi.errors import FitInterrupted, InvalidInput, NotFinite, RunFolderError
 from fem_vi.output import (
     HistoryFile,
     create_run_folder,
@@ -25,6 +25,9 @@ from fem_vi.output import (
     write_tensors,
 )
 from fem_vi.parallel import agree_on_error, all_values, raise_on_all, shared_seed
+from fem_vi.vi.interrupt import noted_signals
+from fem_vi.vi.lbfgs import LBFGS
+from fem_vi.vi.natural import NaturalGradient
 from fem_vi.vi.objective import Objective, Terms
 from fem_vi.vi.optimizer import Constant, Cosine, OptimizerFactory, default_optimizer, set_learning_rate
 from fem_vi.vi.problem import Cost, InverseProblem
@@ -42,8 +45,9 @@ from fem_vi.vi.run import (
     rows_of,
 )
 from fem_vi.vi.session import Session, make_checkpoint, take_checkpoint
-from fem_vi.vi.start import GaussNewton, PresentParameters, default_start
+from fem_vi.vi.start import GaussNewton, NewtonCG, PresentParameters, default_start, starts_linearised
 from fem_vi.vi.state import gather_parameters, is_field
+from fem_vi.vi.stopping import AllSteps, Best, Last, Plateau
 
 # Where nothing but rounding errors is left, Adam would scale them up to full steps, and precise data make these costly. Two
 # signs of it. A gradient this small, in nats per whitened unit, leaves less than 1e-11 nats to gain, the bound's curvature being
@@ -61,18 +65,21 @@ def fit(
     steps: int,
     path: str | Path | None = None,
     resume: bool = False,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: OptimizerFactory | NaturalGradient | LBFGS | None = None,
     schedule: Callable[[float], float] | Cosine | Constant = Cosine(),  # noqa: B008 - frozen
-    start: GaussNewton | PresentParameters | None = None,
+    start: GaussNewton | NewtonCG | PresentParameters | None = None,
     seed: int = 0,
     checkpoint_every: int = 50,
+    stop: Callable[[Sequence[Row]], bool] | AllSteps | Plateau = AllSteps(),  # noqa: B008 - frozen
+    keep: Last | Best = Last(),  # noqa: B008 - frozen
     callbacks: Sequence[Callable[[Row], None]] = (),
 ) -> Run:
     """Fit a posterior to an inverse problem by stochastic gradients.
 
     With a path, the run folder holds config.json, history.csv, checkpoints, the fitted parameters as safetensors and the
     mean and standard deviation as fields. A fit that was killed goes on with `resume=True` from its newest sound checkpoint,
-    and on the same number of ranks gives the same numbers, bit for bit, as one that was not.
+    and on the same number of ranks gives the same numbers, bit for bit, as one that was not. There, SIGINT and SIGTERM end it
+    between two steps, with a checkpoint and `FitInterrupted`, which says so; a second one acts at once.
 
     Args:
         problem: Prior, forward map, likelihood, data.
@@ -81,12 +88,16 @@ def fit(
         steps: Steps of the whole run; with `resume`, including those done before.
         path: Run folder to write, or None. The same for all ranks.
         resume: Go on with the run in `path`, where there is one.
-        optimizer: Makes a torch optimiser from parameters; for fields an elementwise one (Adam, SGD, RMSprop). None takes
-            Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`, 0.5 / sqrt(unknowns) otherwise.
+        optimizer: Makes a torch optimiser from parameters; for fields an elementwise one (Adam, SGD, RMSprop), or
+            `NaturalGradient()` for the normal families, or `LBFGS()`, with one draw of noise for the whole fit. None takes
+            Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`, 0.5 / sqrt(unknowns) otherwise; a `Flow` has its own.
         schedule: Factor on the learning rate after a fraction of the steps.
-        start: `GaussNewton()` or `PresentParameters()`; None takes the first for a new posterior with at most 1,000 data.
+        start: `GaussNewton()`, `NewtonCG()` or `PresentParameters()`; None takes the first for a new posterior with at most
+            1,000 data.
         seed: Of the samples; rank 0's counts. The state of torch's generator is left as it was found.
         checkpoint_every: Steps between checkpoints.
+        stop: Whether to stop before all steps are done, from the history: `Plateau()`, for example.
+        keep: `Last()`, or `Best()` to end with the parameters that had the best mean ELBO over a window.
         callbacks: Called with each row of the history, on every rank.
 
     Returns:
@@ -95,6 +106,7 @@ def fit(
     Raises:
         InvalidInput: Where an argument is of the wrong type, `steps` or `checkpoint_every` is below 1, arguments differ
             between ranks, or gradients are switched off.
+        FitInterrupted: Where SIGINT or SIGTERM came, and a checkpoint was written.
         NotFinite: Where the loss or its gradient stops being finite.
         RunFolderError: Where `path` is a file or holds something else, or what it holds of a run is damaged.
 
@@ -106,9 +118,11 @@ def fit(
         instance("posterior", posterior, nn.Module)
         instance("objective", objective, Callable)  # type: ignore[arg-type]
         instance("path", path, str, PathLike, NoneType)
-        instance("optimizer", optimizer, Callable, NoneType)  # type: ignore[arg-type]
+        instance("optimizer", optimizer, Callable, NaturalGradient, LBFGS, NoneType)  # type: ignore[arg-type]
         instance("schedule", schedule, Callable)  # type: ignore[arg-type]
-        instance("start", start, GaussNewton, PresentParameters, NoneType)
+        instance("start", start, GaussNewton, NewtonCG, PresentParameters, NoneType)
+        instance("stop", stop, Callable)  # type: ignore[arg-type]
+        instance("keep", keep, Last, Best)
         instance("callbacks", callbacks, Sequence)
         for callback in callbacks:
             instance("callbacks: an entry", callback, Callable)  # type: ignore[arg-type]
@@ -118,27 +132,44 @@ def fit(
             raise InvalidInput("fit takes gradients, and torch.no_grad or inference_mode is on. Call it outside of that block.")
     folder = None if path is None else Path(path)
     given: dict[str, object] = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
+    given |= {"stop": stop, "keep": keep}
     given |= {"steps": steps, "path": folder, "resume": resume, "checkpoint_every": checkpoint_every}
     _check_same_on_all_ranks(problem, posterior, given)
     seed = shared_seed(comm, seed)
     with private_generator(seed):
         begin = default_start(problem, posterior) if start is None else start
         if resume and folder is not None and start is None and optimizer is None:
-            begin = _stored_start(problem, folder, begin)
+            begin = _stored_start(problem, posterior, folder, begin)
         if optimizer is None:
-            optimizer = default_optimizer(problem.prior.num_global, linearised=isinstance(begin, GaussNewton))
-        session = Session(problem, posterior, objective, optimizer(posterior.parameters()), schedule, steps)
+            optimizer = default_optimizer(posterior, problem.prior.num_global, linearised=starts_linearised(begin, posterior))
+        steps_of = _create(optimizer, problem, posterior, objective)
+        session = Session(problem, posterior, objective, steps_of, schedule, steps, keep=keep)
+        session.noise = seed if isinstance(optimizer, LBFGS) else None
         session.continue_from(Cost(), 0.0)
-        choices = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
+        choices: dict[str, object] = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
+        choices |= {"stop": stop, "keep": keep}
         config = _describe(session, choices, seed)
         if folder is not None:
             config["problem"]["forward"] = describe_forward(problem)
         if folder is None or not _restore(session, folder, config, resume):
             begin(problem, posterior)
-        _loop(session, folder, checkpoint_every, callbacks)
+        _loop(session, folder, checkpoint_every, callbacks, stop)
+        session.take_kept()
         if folder is not None:
             _write_results(session, folder)
     return Run(posterior, tuple(session.history), config, session.cost(), folder)
+
+
+def _create(
+    optimizer: OptimizerFactory | NaturalGradient | LBFGS, problem: InverseProblem, posterior: nn.Module, objective: Objective
+) -> torch.optim.Optimizer:
+    """The optimiser of a posterior; errors on all ranks. Collective."""
+    with raise_on_all(problem.prior.comm):
+        if isinstance(optimizer, NaturalGradient):
+            return optimizer.create(posterior)
+        if isinstance(optimizer, LBFGS):
+            return optimizer.create(posterior, problem.prior, objective)
+        return optimizer(posterior.parameters())
 
 
 def _check_same_on_all_ranks(problem: InverseProblem, posterior: nn.Module, given: Mapping[str, object]) -> None:
@@ -159,8 +190,8 @@ def _check_same_on_all_ranks(problem: InverseProblem, posterior: nn.Module, give
 
 
 def _stored_start(
-    problem: InverseProblem, folder: Path, begin: GaussNewton | PresentParameters
-) -> GaussNewton | PresentParameters:
+    problem: InverseProblem, posterior: nn.Module, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
+) -> GaussNewton | NewtonCG | PresentParameters:
     """The start that the run in a folder chose by default; `begin` where there is no such run. Collective.
 
     The default depends on whether the posterior is new, and one that was fitted before in this process is not.
@@ -171,11 +202,10 @@ def _stored_start(
         if prior.comm.rank == 0 and (folder / "config.json").exists():
             name = str(read_json(folder / "config.json").get("optimizer"))
     name = all_values(prior.comm, name)[0]
-    choices: tuple[GaussNewton | PresentParameters, ...] = (GaussNewton(), PresentParameters())
-    for choice in choices:
-        if name == name_of(default_optimizer(prior.num_global, linearised=isinstance(choice, GaussNewton))):
-            return choice
-    return begin
+    names = [name_of(default_optimizer(posterior, prior.num_global, linearised=linearised)) for linearised in (True, False)]
+    if names[0] == names[1] or name not in names:
+        return begin
+    return GaussNewton() if name == names[0] else PresentParameters()
 
 
 def _describe(session: Session, choices: Mapping[str, object], seed: int) -> dict[str, Any]:
@@ -222,7 +252,7 @@ def _restore(session: Session, folder: Path, config: dict[str, Any], resume: boo
 
 
 def _check_same_run(stored: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-    for name in ("objective", "optimizer", "schedule", "start", "seed", "posterior"):
+    for name in ("objective", "optimizer", "schedule", "start", "seed", "posterior", "keep"):
         if stored.get(name) != config[name]:
             raise RunFolderError(
                 f"{folder / 'config.json'} is of a run with {name} {stored.get(name)}; this one has {config[name]}. "
@@ -236,7 +266,13 @@ def _check_same_run(stored: dict[str, Any], config: dict[str, Any], folder: Path
         )
 
 
-def _loop(session: Session, folder: Path | None, checkpoint_every: int, callbacks: Sequence[Callable[[Row], None]]) -> None:
+def _loop(
+    session: Session,
+    folder: Path | None,
+    checkpoint_every: int,
+    callbacks: Sequence[Callable[[Row], None]],
+    stop: Callable[[Sequence[Row]], bool],
+) -> None:
     """Take the steps that are left, on disk as they come. Collective."""
     comm = session.problem.prior.comm
     file: HistoryFile | None = None
@@ -244,18 +280,31 @@ def _loop(session: Session, folder: Path | None, checkpoint_every: int, callback
         if folder is not None and comm.rank == 0:
             file = HistoryFile(folder / "history.csv", COLUMNS, [row.values() for row in session.history])
     try:
-        with progress_bar(session.steps, done=session.step, show=comm.rank == 0) as show:
-            while session.step < session.steps:
+        with (
+            progress_bar(session.steps, done=session.step, show=comm.rank == 0) as show,
+            noted_signals(active=folder is not None) as signals,
+        ):
+            while session.step < session.steps and not stop(session.history):
                 row = _take_step(session)
                 session.history.append(row)
+                session.note_best()
                 with raise_on_all(comm):
                     if file is not None:
                         file.append(row.values())
                 show(row)
                 for callback in callbacks:
                     callback(row)
-                if folder is not None and (session.step % checkpoint_every == 0 or session.step == session.steps):
+                if folder is None:
+                    continue
+                names = [name for name in all_values(comm, signals.name) if name is not None]
+                ends = session.step == session.steps or stop(session.history) or bool(names)
+                if session.step % checkpoint_every == 0 or ends:
                     _save(session, folder, file)
+                if names:
+                    raise FitInterrupted(
+                        f"{names[0]} came: the fit stopped after step {session.step} of {session.steps}, and {folder} holds a "
+                        "checkpoint of it. fit(..., resume=True) goes on from there."
+                    )
     finally:
         if file is not None:
             file.close()
@@ -274,12 +323,12 @@ def _take_step(session: Session) -> Row:
     """Evaluate the objective, and move the parameters. Collective."""
     set_learning_rate(session.optimizer, session.schedule(session.step / session.steps))
     session.optimizer.zero_grad()
-    terms = session.objective(session.problem, session.posterior)
+    terms = session.evaluate()
     _check_finite(session, terms)
     terms.loss.backward()  # type: ignore[no-untyped-call]
     norm = _grad_norm(session)
     if norm > STATIONARY and not _is_exact(terms):
-        session.optimizer.step()
+        session.optimizer.step(session.loss) if session.noise is not None else session.optimizer.step()
     session.step += 1
     elbo, kl, misfit = float(terms.elbo), float(terms.kl), float(terms.misfit)
     seconds = time.monotonic() - session.began

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from fem_vi.arguments import instance, whole
 from fem_vi.errors import InvalidInput
-from fem_vi.vi.posterior.whitened import RelativeToPrior, closed_form_kl
-from fem_vi.vi.prior import FieldPrior
+from fem_vi.vi.draws import Antithetic, Draws, Independent, Noise, QuasiMonteCarlo, draw, frozen, take
+from fem_vi.vi.posterior.whitened import closed_form_kl
 from fem_vi.vi.problem import InverseProblem
+
+__all__ = ["ELBO", "AnalyticKL", "Objective", "PathDerivative", "Terms", "TotalDerivative", "draw", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Terms:
         kl: KL(q || prior), scalar; in closed form where there is one, else estimated.
         log_likelihood: log p(y | m) of each sample, `(samples,)`.
         log_ratio: log q(m) - log p(m) of each sample, `(samples,)`.
+        weights: Of the samples in a mean over q, `(samples,)`, summing to one; None for equal ones.
     """
 
     loss: Tensor
@@ -33,11 +35,28 @@ class Terms:
     kl: Tensor
     log_likelihood: Tensor
     log_ratio: Tensor
+    weights: Tensor | None = None
 
     @property
     def misfit(self) -> Tensor:
         """Minus the expected log-likelihood, scalar."""
-        return -self.log_likelihood.mean()
+        return -(self.log_likelihood.mean() if self.weights is None else self.weights @ self.log_likelihood)
+
+    @staticmethod
+    def create(loss: Tensor, draws: Draws, log_likelihood: Tensor, kl: Tensor | None = None) -> Terms:
+        """The parts of an objective that was evaluated on some draws.
+
+        Args:
+            loss: What to minimise, differentiable.
+            draws: The samples.
+            log_likelihood: Of each.
+            kl: KL(q || prior) in closed form, or None.
+        """
+        with torch.no_grad():
+            divergence = draws.mean(draws.log_ratio) if kl is None else kl.detach()
+            elbo = draws.mean(log_likelihood - draws.log_ratio)
+            weights = draws.weights.detach()
+        return Terms(loss, elbo, divergence, log_likelihood.detach(), draws.log_ratio.detach(), weights)
 
 
 class Objective(Protocol):
@@ -52,10 +71,19 @@ class PathDerivative:
     """ELBO = E[log p(y, m) - log q(m)], differentiated through the samples only.
 
     The score of q, whose expectation is zero, is left out. Where q is the posterior, every sample gives the log evidence and
-    a gradient of zero: neither has any variance.
+    a gradient of zero: neither has any variance. Other objectives have their own weights for the derivative through the samples.
+    A `Flow` with `FastSampling()` gives the `TotalDerivative` in its place.
 
     References:
         Roeder, Wu, Duvenaud (2017), Sticking the landing: simple, lower-variance gradient estimators for variational inference.
+    """
+
+
+@dataclass(frozen=True)
+class TotalDerivative:
+    """The score of q is kept: the derivative through the samples and through the density.
+
+    Noisier near the optimum, and what a family gives whose density costs much away from its own draws (`FastSampling`).
     """
 
 
@@ -75,7 +103,8 @@ class ELBO:
 
     Attributes:
         samples: Draws of m for each evaluation, solved as one batch.
-        gradient: `PathDerivative()` or `AnalyticKL()`.
+        gradient: `PathDerivative()`, `TotalDerivative()` or `AnalyticKL()`.
+        noise: What the draws are made of: `Independent()`, `Antithetic()` or `QuasiMonteCarlo()`.
 
     References:
         Kingma, Welling (2014), Auto-encoding variational Bayes.
@@ -86,11 +115,13 @@ class ELBO:
     """
 
     samples: int = 8
-    gradient: PathDerivative | AnalyticKL = PathDerivative()
+    gradient: PathDerivative | TotalDerivative | AnalyticKL = PathDerivative()
+    noise: Noise = Independent()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         whole("ELBO: samples", self.samples, least=1)
-        instance("ELBO: gradient", self.gradient, PathDerivative, AnalyticKL)
+        instance("ELBO: gradient", self.gradient, PathDerivative, TotalDerivative, AnalyticKL)
+        check_noise("ELBO", self.noise)
 
     def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Terms:
         """Estimate the bound.
@@ -108,48 +139,24 @@ class ELBO:
         MPI: Collective.
         """
         q = posterior()
-        m, log_ratio = draw(q, problem.prior, self.samples, weigh=frozen(posterior))
         kl = closed_form_kl(q, problem.prior)
-        log_likelihood = problem.log_likelihood(m)
-        if isinstance(self.gradient, PathDerivative):
-            elbo = (log_likelihood - log_ratio).mean()
-        elif kl is None:
-            raise InvalidInput(
-                f"AnalyticKL: no closed form is known for {type(q).__name__}. Use ELBO(gradient=PathDerivative())."
-            )
-        else:
-            elbo = log_likelihood.mean() - kl
-        kl = log_ratio.mean() if kl is None else kl
-        return Terms(-elbo, elbo.detach(), kl.detach(), log_likelihood.detach(), log_ratio.detach())
+        if isinstance(self.gradient, AnalyticKL) and kl is None:
+            name = type(q).__name__
+            raise InvalidInput(f"AnalyticKL: no closed form is known for {name}. Use ELBO(gradient=PathDerivative()).")
+        path = not isinstance(self.gradient, TotalDerivative)
+        draws = take(posterior, problem.prior, self.samples, noise=self.noise, path=path, q=q)
+        log_likelihood = problem.log_likelihood(draws.m)
+        if isinstance(self.gradient, AnalyticKL) and kl is not None:
+            elbo = draws.mean(log_likelihood) - kl
+            terms = Terms.create(-elbo, draws, log_likelihood, kl)
+            return replace(terms, elbo=elbo.detach())
+        return Terms.create(-draws.mean(log_likelihood - draws.log_ratio), draws, log_likelihood, kl)
 
 
-def frozen(posterior: nn.Module) -> Distribution:
-    """The distribution of `posterior` with its parameters held constant.
+def check_noise(name: str, noise: object) -> None:
+    """Refuse what is no kind of noise.
 
-    MPI: Collective.
+    Raises:
+        InvalidInput: Naming it.
     """
-    constants = {name: value.detach() for name, value in posterior.named_parameters()}
-    return torch.func.functional_call(posterior, constants, ())  # type: ignore[attr-defined]
-
-
-def draw(q: Distribution, prior: FieldPrior, samples: int, *, weigh: Distribution | None = None) -> tuple[Tensor, Tensor]:
-    """Samples from q and their log density relative to the prior.
-
-    Args:
-        q: Distribution to draw from.
-        prior: Prior of m.
-        samples: How many.
-        weigh: Distribution to evaluate instead of q (q with constant parameters, for the path derivative).
-
-    Returns:
-        m, `(samples, n_owned)`, and log q(m) - log p(m), `(samples,)`, replicated.
-
-    MPI: Collective.
-    """
-    weigh = q if weigh is None else weigh
-    shape = torch.Size([samples])
-    if isinstance(q, RelativeToPrior) and isinstance(weigh, RelativeToPrior) and q.prior is prior:
-        xi = q.rsample_whitened(shape)
-        return prior.unwhiten(xi), weigh.log_ratio(xi)
-    m = q.rsample(shape)
-    return m, weigh.log_prob(m) - prior.log_prob(m)
+    instance(f"{name}: noise", noise, Independent, Antithetic, QuasiMonteCarlo)

@@ -64,8 +64,10 @@ class Constant:
         return 1.0
 
 
-def default_optimizer(num_unknowns: int, *, linearised: bool) -> Adam:
-    """Adam with steps of one length in whitened coordinates, whatever the number of unknowns.
+def default_optimizer(posterior: nn.Module, num_unknowns: int, *, linearised: bool) -> Adam:
+    """The posterior's own, or Adam with steps of one length in whitened coordinates, whatever the number of unknowns.
+
+    A posterior has its own where it has a method `default_optimizer()`.
 
     A step of Adam moves each of n entries by up to `lr`, all of them by `lr sqrt(n)`, while the entries of a gradient shrink
     like 1 / sqrt(n) as a mesh is refined: `lr` and `eps` that do so too make a fit independent of the mesh.
@@ -74,9 +76,13 @@ def default_optimizer(num_unknowns: int, *, linearised: bool) -> Adam:
     longer matter, without which Adam would turn rounding errors at an exact posterior into full steps.
 
     Args:
+        posterior: What will be fitted.
         num_unknowns: On all ranks together.
         linearised: Whether the fit starts from the linearised posterior.
     """
+    own: Callable[[], Adam] | None = getattr(posterior, "default_optimizer", None)
+    if own is not None:
+        return own()
     root = math.sqrt(num_unknowns)
     return Adam(lr=0.003 / root, eps=0.2 / root) if linearised else Adam(lr=0.5 / root)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,12 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fem_vi.errors import RunFolderError
+from fem_vi.errors import InvalidInput, RunFolderError, SolveFailed
 from fem_vi.output import Checkpoint
-from fem_vi.vi.objective import Objective
+from fem_vi.vi.objective import Objective, Terms
 from fem_vi.vi.problem import Cost, InverseProblem
 from fem_vi.vi.run import Row
-from fem_vi.vi.state import gather_optimizer, gather_parameters, scatter_optimizer, scatter_parameters
+from fem_vi.vi.state import gather_optimizer, gather_parameters, gather_state, scatter_optimizer, scatter_parameters
+from fem_vi.vi.stopping import Best, Last
 
 
 @dataclass
@@ -32,6 +34,9 @@ class Session:
         history: One row a step.
         spent: What earlier sessions of this run cost, less what the problem had cost when this one began.
         began: When the run would have begun, had it not been interrupted.
+        keep: Which parameters the fit ends with.
+        noise: Seed of every evaluation, where all share one draw of noise; None for fresh ones.
+        best: The best mean ELBO of a window, and the parameters at its end; with `Best` only.
     """
 
     problem: InverseProblem
@@ -44,6 +49,35 @@ class Session:
     history: list[Row] = field(default_factory=list)
     spent: Cost = field(default_factory=Cost)
     began: float = field(default_factory=time.monotonic)
+    keep: Last | Best = Last()  # noqa: RUF009 - frozen
+    noise: int | None = None
+    best: tuple[float, dict[str, Tensor]] | None = None
+
+    def evaluate(self) -> Terms:
+        """The objective at the present parameters. Collective."""
+        if self.noise is not None:
+            torch.default_generator.manual_seed(self.noise)
+        return self.objective(self.problem, self.posterior)
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The loss alone, for a line search; infinite where the forward map has no solution or is not a number. Collective."""
+        try:
+            value = float(self.evaluate().loss)
+        except (SolveFailed, InvalidInput):
+            return math.inf
+        return value if math.isfinite(value) else math.inf
+
+    def note_best(self) -> None:
+        """Keep the present parameters where the window that has just ended was the best."""
+        mean = self.keep.mean(self.history) if isinstance(self.keep, Best) else None
+        if mean is not None and (self.best is None or mean > self.best[0]):
+            self.best = mean, {name: value.detach().clone() for name, value in self.posterior.state_dict().items()}
+
+    def take_kept(self) -> None:
+        """Set the parameters that the fit ends with."""
+        if self.best is not None:
+            self.posterior.load_state_dict(self.best[1])
 
     def cost(self) -> Cost:
         """Samples solved by this run."""
@@ -76,6 +110,12 @@ def take_checkpoint(session: Session, checkpoint: Checkpoint) -> None:
     scatter_parameters(session.posterior, prior, part("posterior."))
     scatter_optimizer(session.optimizer, session.posterior, prior, part("optimizer."))
     torch.set_rng_state(generator)
+    if "best" in checkpoint.tensors:
+        present = {name: value.clone() for name, value in session.posterior.state_dict().items()}
+        scatter_parameters(session.posterior, prior, part("best."))
+        kept = {name: value.clone() for name, value in session.posterior.state_dict().items()}
+        session.best = float(checkpoint.tensors["best"]), kept
+        session.posterior.load_state_dict(present)
     numbers = checkpoint.numbers
     session.step = checkpoint.step
     session.continue_from(Cost(int(numbers["forward"]), int(numbers["backward"])), numbers["seconds"])
@@ -89,6 +129,10 @@ def make_checkpoint(session: Session) -> Checkpoint:
     tensors = {f"posterior.{name}": value for name, value in parameters.items()}
     tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
     tensors["generator"] = torch.get_rng_state()
+    if session.best is not None:
+        mean, state = session.best
+        tensors["best"] = torch.tensor(mean, dtype=torch.float64)
+        tensors |= {f"best.{name}": value for name, value in gather_state(session.posterior, prior, state).items()}
     cost = session.cost()
     numbers = {"forward": cost.forward, "backward": cost.backward, "seconds": time.monotonic() - session.began}
     return Checkpoint(session.step, tensors, numbers)

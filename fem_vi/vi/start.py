@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from fem_vi.arguments import positive, whole
-from fem_vi.errors import InvalidInput, SolveFailed
+from fem_vi.errors import InvalidInput
+from fem_vi.vi.mode import Convergence, conjugate_gradients, direct_step, find_mode
 from fem_vi.vi.problem import InverseProblem
+from fem_vi.vi.products import GaussNewtonProducts, JacobianRows
+from fem_vi.vi.spectrum import dominant_directions
 
 MOST_DATA = 1000
 
@@ -21,17 +23,30 @@ class Linearisation:
 
     Attributes:
         mu: Most probable xi, `(n_owned,)`.
-        jacobian: J, derivative of the predictions in units of the noise with respect to xi, `(num_data, n_owned)`.
-        gram: J J', `(num_data, num_data)`, replicated.
-        iterations: Gauss-Newton steps taken.
-        converged: Whether the last step was below the tolerance.
+        jacobian: J, derivative of the predictions in units of the noise with respect to xi, `(num_data, n_owned)`; or its
+            dominant right singular vectors times singular values, `(rank, n_owned)`.
+        gram: J J', replicated.
+        log_likelihood: log p(y | m) at the most probable m.
+        search: How it was found.
+        neglected: Largest eigenvalue of J'J that the stored directions leave out; 0 for none.
     """
 
     mu: Tensor
     jacobian: Tensor
     gram: Tensor
-    iterations: int
-    converged: bool
+    log_likelihood: float
+    search: Convergence
+    neglected: float = 0.0
+
+    @property
+    def iterations(self) -> int:
+        """Newton steps taken."""
+        return self.search.iterations
+
+    @property
+    def converged(self) -> bool:
+        """Whether the last step was below the tolerance."""
+        return self.search.converged
 
 
 @runtime_checkable
@@ -43,14 +58,6 @@ class Startable(Protocol):
 
     def start_at(self, linearisation: Linearisation) -> None:
         """Set the parameters. Collective."""
-
-
-# Gauss-Newton in whitened coordinates. With r = (y - G(unwhiten(xi))) / std and J = -dr/dxi, minimise
-#
-#     phi(xi) = (|xi|^2 + |r|^2) / 2,  grad phi = xi - J' r,  step = -(I + J'J)^-1 grad phi.
-#
-# By Woodbury (I + J'J)^-1 v = v - J' (I + J J')^-1 J v: one dense solve in the number of data. J has one row for each datum,
-# each an adjoint solve on one kept forward solve.
 
 
 @dataclass(frozen=True)
@@ -101,11 +108,86 @@ class GaussNewton:
 
         MPI: Collective.
         """
-        if not isinstance(posterior, Startable):
-            raise InvalidInput(f"GaussNewton: {type(posterior).__name__} has no start_at(linearisation). Use start=None.")
-        linearisation = linearise(problem, iterations=self.iterations, rtol=self.rtol)
-        posterior.start_at(linearisation)
+        target = startable("GaussNewton", posterior)
+        linearisation = self.linearise(problem)
+        target.start_at(linearisation)
         return linearisation
+
+    def linearise(self, problem: InverseProblem) -> Linearisation:
+        """The most probable whitened parameters, and the linearised posterior around them. Collective."""
+        at, search = find_mode(problem, JacobianRows, direct_step, iterations=self.iterations, rtol=self.rtol)
+        return Linearisation(at.xi, at.jacobian, at.gram, at.log_likelihood, search)
+
+
+@dataclass(frozen=True)
+class NewtonCG:
+    """Start at the linearised posterior, found without any matrix: Newton's method by conjugate gradients, then random probes.
+
+    Each iteration of conjugate gradients is a product with J and one with J', two linear solves with the kept factorisation. At
+    the most probable parameters the dominant eigenpairs of J'J are found from blocks of random vectors. For any number of data,
+    and for forward maps that are twice differentiable (`Solve` is, `Evolve` is not); where they are not, and data are few, take
+    `GaussNewton`.
+
+    Attributes:
+        iterations: Most Newton steps.
+        rtol: Stop where a step is shorter than this fraction of |xi| + 1.
+        inner: Most iterations of conjugate gradients in a step.
+        threshold: Leave out directions in which data add less than this fraction of the prior's precision.
+        rank: Most directions; None for as many as the threshold asks for.
+
+    References:
+        Bui-Thanh, Ghattas, Martin, Stadler (2013), A computational framework for infinite-dimensional Bayesian inverse
+        problems, part I.
+        Villa, Petra, Ghattas (2021), hIPPYlib: an extensible software framework for large-scale inverse problems.
+    """
+
+    iterations: int = 50
+    rtol: float = 1e-6
+    inner: int = 300
+    threshold: float = 1e-3
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        whole("NewtonCG: iterations", self.iterations, least=1)
+        positive("NewtonCG: rtol", self.rtol)
+        whole("NewtonCG: inner", self.inner, least=1)
+        positive("NewtonCG: threshold", self.threshold)
+        if self.rank is not None:
+            whole("NewtonCG: rank", self.rank, least=1)
+
+    def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Linearisation:
+        """Set the parameters of `posterior`; see `GaussNewton`. Collective."""
+        target = startable("NewtonCG", posterior)
+        linearisation = self.linearise(problem)
+        target.start_at(linearisation)
+        return linearisation
+
+    def linearise(self, problem: InverseProblem) -> Linearisation:
+        """The most probable whitened parameters, and the linearised posterior around them. Collective."""
+
+        def solve(problem: InverseProblem, at: GaussNewtonProducts, fraction: float) -> tuple[Tensor, int]:
+            return conjugate_gradients(problem, at, fraction, most=self.inner)
+
+        at, search = find_mode(problem, GaussNewtonProducts, solve, iterations=self.iterations, rtol=self.rtol)
+        jacobian, neglected = dominant_directions(problem.prior, at, threshold=self.threshold, rank=self.rank)
+        gram = problem.prior.all_sum(jacobian @ jacobian.T)
+        return Linearisation(at.xi, jacobian, gram, at.log_likelihood, search, neglected)
+
+
+def startable(name: str, posterior: nn.Module) -> Startable:
+    """The posterior, where it can take a linearised one.
+
+    Raises:
+        InvalidInput: Where it cannot.
+    """
+    if not isinstance(posterior, Startable):
+        raise InvalidInput(f"{name}: {type(posterior).__name__} has no start_at(linearisation). Use start=None.")
+    return posterior
+
+
+def starts_linearised(start: GaussNewton | NewtonCG | PresentParameters, posterior: nn.Module) -> bool:
+    """Whether a fit begins at a linearised posterior, and so near its end: after a search, or with what `laplace` made."""
+    return not isinstance(start, PresentParameters) or getattr(posterior, "report", None) is not None
 
 
 def default_start(problem: InverseProblem, posterior: nn.Module) -> GaussNewton | PresentParameters:
@@ -116,59 +198,3 @@ def default_start(problem: InverseProblem, posterior: nn.Module) -> GaussNewton 
     if len(problem.y) <= MOST_DATA and isinstance(posterior, Startable) and posterior.is_fresh():
         return GaussNewton()
     return PresentParameters()
-
-
-def linearise(problem: InverseProblem, *, iterations: int = 20, rtol: float = 1e-6) -> Linearisation:
-    """The most probable whitened parameters, and the linearised posterior around them.
-
-    Args:
-        problem: Prior, forward map, likelihood, data.
-        iterations: Most Gauss-Newton steps.
-        rtol: Stop where a step is shorter than this fraction of |xi| + 1.
-
-    Returns:
-        Mean and Jacobian in whitened coordinates.
-
-    MPI: Collective.
-    """
-    prior = problem.prior
-    xi = torch.zeros(prior.event_shape, dtype=torch.float64)
-    residual, jacobian = _residual_and_jacobian(problem, xi)
-    for iteration in range(iterations):
-        gram = prior.all_sum(jacobian @ jacobian.T)
-        gradient = xi - residual @ jacobian
-        w = torch.linalg.solve(torch.eye(len(gram), dtype=gram.dtype) + gram, prior.all_sum(jacobian @ gradient))
-        step = w @ jacobian - gradient
-        size, slope, length = prior.all_sum(torch.stack([step @ step, step @ gradient, xi @ xi])).tolist()
-        if size**0.5 <= rtol * (1.0 + length**0.5):
-            return Linearisation(xi, jacobian, gram, iteration, True)
-        xi = _line_search(problem, xi, step, slope, 0.5 * (length + float(residual @ residual)))
-        residual, jacobian = _residual_and_jacobian(problem, xi)
-    return Linearisation(xi, jacobian, prior.all_sum(jacobian @ jacobian.T), iterations, False)
-
-
-def _residual_and_jacobian(problem: InverseProblem, xi: Tensor) -> tuple[Tensor, Tensor]:
-    """r, `(num_data,)`, and J = -dr/dxi, `(num_data, n_owned)`."""
-    with torch.enable_grad():
-        xi = xi.detach().requires_grad_()
-        residual = problem.likelihood.standardise(problem.y, problem.predict(problem.prior.unwhiten(xi)))
-        last = len(residual) - 1
-        rows = [-torch.autograd.grad(residual[k], xi, retain_graph=k < last)[0] for k in range(len(residual))]
-    return residual.detach(), torch.stack(rows)
-
-
-@torch.no_grad()
-def _line_search(problem: InverseProblem, xi: Tensor, step: Tensor, slope: float, value: float) -> Tensor:
-    """The first of xi + step, xi + step / 2, ... that decreases phi enough (Armijo); xi itself where none of ten does."""
-    for halving in range(10):
-        length = 0.5**halving
-        trial = xi + length * step
-        try:
-            prediction = problem.predict(problem.prior.unwhiten(trial))
-        except (SolveFailed, InvalidInput):  # no solution, or NaN: too far
-            continue
-        residual = problem.likelihood.standardise(problem.y, prediction)
-        phi = 0.5 * float(problem.prior.all_sum(trial @ trial) + residual @ residual)
-        if phi <= value + 1e-4 * length * slope + 1e-12 * abs(value):
-            return trial
-    return xi

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,11 @@ def gather_parameters(posterior: nn.Module, prior: FieldPrior) -> dict[str, Tens
 
     MPI: Collective.
     """
-    state = posterior.state_dict()
+    return gather_state(posterior, prior, posterior.state_dict())
+
+
+def gather_state(posterior: nn.Module, prior: FieldPrior, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state of the posterior, its own or one that was kept, replicated. Collective."""
     return {name: (prior.gather(value) if is_field(posterior, name) else value).clone() for name, value in state.items()}
 
 

@@ -141,7 +141,7 @@ def test_run_folder(tmp_path):
     assert [tuple(row) for row in rows[1:]] == [row.values() for row in run.history]
     assert float(rows[3][1]) == run.history[2].elbo
     config = json.loads((folder / "config.json").read_text())
-    assert config["objective"] == "ELBO(samples=3, gradient=PathDerivative())"
+    assert config["objective"] == "ELBO(samples=3, gradient=PathDerivative(), noise=Independent())"
     assert config["posterior"] == {"family": "LowRankNormal", "parameters": {"U": [2, 5], "mu": [5]}}
     assert (config["steps"], config["seed"], config["ranks"]) == (5, 0, 1)
     assert config["versions"]["torch"] == torch.__version__
@@ -523,7 +523,7 @@ def test_refuses_what_is_no_positive_number(number):
 
 def test_refuses_choices_that_it_does_not_know():
     # The class in place of a value of it would pass for the other choice.
-    with pytest.raises(InvalidInput, match=r"gradient is .*PathDerivative or AnalyticKL"):
+    with pytest.raises(InvalidInput, match=r"gradient is .*PathDerivative or TotalDerivative or AnalyticKL"):
         ELBO(gradient=PathDerivative)
     with pytest.raises(InvalidInput, match=r"diagonal is .*UnitDiagonal or FreeDiagonal"):
         LowRankNormal(Affine.create().prior, 2, diagonal=FreeDiagonal)

@@ -15,7 +15,7 @@ from fem_vi.vi.posterior.low_rank import FreeDiagonal, LowRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import InverseProblem
-from fem_vi.vi.start import GaussNewton, PresentParameters, default_start, linearise
+from fem_vi.vi.start import GaussNewton, PresentParameters, default_start
 from tests.vi.helpers import F64, FAMILIES, FIELD_FAMILIES, Affine, perturb, split_pair
 
 EXACT = {
@@ -122,7 +122,7 @@ def test_refuses_no_samples():
 
 def test_gauss_newton_finds_the_most_probable():
     _, problem = split_pair()
-    lin = linearise(problem)
+    lin = GaussNewton().linearise(problem)
     assert lin.converged
     xi = lin.mu.clone().requires_grad_()
     joint = problem.log_likelihood(problem.prior.unwhiten(xi)) - 0.5 * xi.square().sum()
@@ -136,7 +136,7 @@ def test_gauss_newton_halves_a_step_that_overshoots():
     # The full first step from m = 0 on exp(5 m) overshoots by far; the most probable m is near log(y) / 5.
     y = torch.tensor([150.0], dtype=F64)
     problem = InverseProblem(GaussianVector(torch.zeros(1)), lambda m: torch.exp(5 * m), GaussianNoise(0.01), y)
-    lin = linearise(problem, iterations=50)
+    lin = GaussNewton(iterations=50).linearise(problem)
     assert lin.converged
     assert abs(float(lin.mu) - float(y.log() / 5)) < 1e-4
 

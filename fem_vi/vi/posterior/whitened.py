@@ -104,9 +104,13 @@ class WhitenedNormal(Distribution):
         plain = ours.mean(0)
         return torch.maximum(plain - slope * (theirs.mean(0) - self.prior.variance), 0.5 * plain)
 
+    def push(self, eps: Tensor) -> Tensor:
+        """What becomes of white noise: xi = mu + S eps, `(*batch, n_owned)`."""
+        return self.mu + self.scale.apply(eps)
+
     def rsample_whitened(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - as in torch
-        """Draws of xi = mu + S eps, `(*sample_shape, n_owned)`."""
-        return self.mu + self.scale.apply(self.prior.white_noise(sample_shape))
+        """Draws of xi, `(*sample_shape, n_owned)`."""
+        return self.push(self.prior.white_noise(sample_shape))
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # type: ignore[override] # noqa: B008
         """Draws of m, `(*sample_shape, n_owned)`."""

@@ -1,0 +1,83 @@
+"""When a fit may stop, and which of its parameters it keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fem_vi.arguments import positive, whole
+from fem_vi.vi.run import Row
+
+
+@dataclass(frozen=True)
+class AllSteps:
+    """Take all the steps."""
+
+    def __call__(self, history: Sequence[Row]) -> bool:
+        """Never."""
+        return False
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Stop where the mean ELBO of the last steps exceeds that of as many before by less than a number of nats.
+
+    The statistic is that difference plus two standard errors, from the spread within the two windows: noise that could hide a
+    gain of `tolerance` does not stop a fit.
+
+    Attributes:
+        window: Steps in each of the two means.
+        tolerance: In nats.
+    """
+
+    window: int = 50
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        whole("Plateau: window", self.window, least=2)
+        positive("Plateau: tolerance", self.tolerance)
+
+    def statistic(self, history: Sequence[Row]) -> float:
+        """What is compared with the tolerance; infinity before both windows are full."""
+        if len(history) < 2 * self.window:
+            return math.inf
+        elbo = np.array([row.elbo for row in history[-2 * self.window :]]).reshape(2, self.window)
+        if not np.isfinite(elbo).all():
+            return math.inf
+        error = math.sqrt(float(elbo.var(1, ddof=1).sum()) / self.window)
+        return float(elbo[1].mean() - elbo[0].mean()) + 2.0 * error
+
+    def __call__(self, history: Sequence[Row]) -> bool:
+        """Whether to stop after these steps."""
+        return self.statistic(history) < self.tolerance
+
+
+@dataclass(frozen=True)
+class Last:
+    """Keep the parameters after the last step."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """Keep the parameters at the end of the window whose mean ELBO was the highest.
+
+    A mean over a window, since the largest of single noisy values is that of a lucky draw.
+
+    Attributes:
+        window: Steps in each mean.
+    """
+
+    window: int = 20
+
+    def __post_init__(self) -> None:
+        whole("Best: window", self.window, least=1)
+
+    def mean(self, history: Sequence[Row]) -> float | None:
+        """Mean ELBO of the window that has just ended; None within a window, or where it has no number."""
+        if not history or len(history) % self.window:
+            return None
+        value = float(np.mean([row.elbo for row in history[-self.window :]]))
+        return value if math.isfinite(value) else None

@@ -1,0 +1,237 @@
+"""Early stop, best-so-far, and signals: what a fit does other than take all its steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from fem_vi import output
+from fem_vi.errors import FemViError, FitInterrupted, InvalidInput, RunFolderError
+from fem_vi.vi.fit import fit
+from fem_vi.vi.interrupt import noted_signals
+from fem_vi.vi.objective import ELBO
+from fem_vi.vi.optimizer import Adam, Constant
+from fem_vi.vi.posterior.low_rank import LowRankNormal
+from fem_vi.vi.posterior.mean_field import MeanFieldNormal
+from fem_vi.vi.run import Row
+from fem_vi.vi.start import PresentParameters
+from fem_vi.vi.stopping import Best, Last, Plateau
+from tests.vi.helpers import F64, Affine, split_pair
+
+COMM = MPI.COMM_WORLD
+
+
+def rows(elbo):
+    return [Row(k + 1, float(value), 0.0, 0.0, 0.0, 0, 0.0) for k, value in enumerate(elbo)]
+
+
+def test_plateau_is_its_statistic():
+    stop = Plateau(window=4, tolerance=0.1)
+    assert stop.statistic(rows([0] * 7)) == math.inf
+    assert stop.statistic(rows([5, 0, 0, 0, 0, 1, 1, 1, 1])) == 1.0
+    assert not stop(rows([0, 0, 0, 0, 1, 1, 1, 1]))
+    assert stop(rows([0, 0, 0, 0, 0.05, 0.05, 0.05, 0.05]))
+    assert stop(rows([1, 1, 1, 1, 0, 0, 0, 0]))
+    # Noise of variance 4/3 in each window: two standard errors are 2 sqrt(8/3/4).
+    noisy = rows([1, -1, 1, -1, 1, -1, 1, -1])
+    assert stop.statistic(noisy) == pytest.approx(2 * math.sqrt(2 / 3))
+    assert not stop(noisy)
+    assert not stop(rows([math.nan] * 8))
+
+
+def test_stops_where_nothing_is_gained_and_not_before():
+    affine = Affine.create()
+    arguments = {"optimizer": Adam(lr=0.05), "schedule": Constant(), "start": PresentParameters(), "steps": 3000}
+    torch.manual_seed(7)
+    posterior = LowRankNormal(affine.prior, 3)
+    run = fit(affine.problem(), posterior, ELBO(samples=16), stop=Plateau(window=40, tolerance=0.02), **arguments)
+    assert 80 < len(run.history) < 1500
+    assert abs(sum(row.elbo for row in run.history[-40:]) / 40 - affine.log_evidence()) < 0.1
+    assert run.config["stop"] == "Plateau(window=40, tolerance=0.02)"
+
+
+@pytest.mark.mpi
+def test_a_stopped_run_is_done(tmp_path):
+    problem, _ = split_pair()
+    arguments = {"steps": 50, "stop": Plateau(window=3, tolerance=1e6), "path": tmp_path / "run", "seed": 1}
+    torch.manual_seed(3)
+    run = fit(problem, LowRankNormal(problem.prior, 2), ELBO(samples=2), **arguments)
+    assert len(run.history) == 6
+    assert output.newest_sound_step(tmp_path / "run") == 6
+    torch.manual_seed(3)
+    again = fit(problem, LowRankNormal(problem.prior, 2), ELBO(samples=2), resume=True, **arguments)
+    assert [row.elbo for row in again.history] == [row.elbo for row in run.history]
+    assert torch.equal(again.posterior.U, run.posterior.U)
+    longer = fit(
+        problem,
+        LowRankNormal(problem.prior, 2),
+        ELBO(samples=2),
+        resume=True,
+        **{**arguments, "stop": lambda rows: len(rows) == 9},
+    )
+    assert len(longer.history) == 9
+
+
+class Spoiler:
+    """An objective whose gradient turns round after some steps: from then on it gets worse."""
+
+    def __init__(self, turn: int) -> None:
+        self.turn, self.calls = turn, 0
+
+    def __call__(self, problem, posterior):
+        self.calls += 1
+        terms = ELBO(samples=16)(problem, posterior)
+        sign = 1.0 if self.calls <= self.turn else -1.0
+        return type(terms)(sign * terms.loss, terms.elbo, terms.kl, terms.log_likelihood, terms.log_ratio, terms.weights)
+
+    def __repr__(self) -> str:
+        return f"Spoiler({self.turn})"
+
+
+@pytest.mark.mpi
+def test_keeps_the_best(tmp_path):
+    arguments = {"steps": 100, "start": PresentParameters(), "optimizer": Adam(lr=0.02), "schedule": Constant()}
+    kept = {}
+    for keep in (Last(), Best(window=10)):
+        problem, _ = split_pair()
+        posterior = MeanFieldNormal(problem.prior)
+        run = fit(problem, posterior, Spoiler(60), keep=keep, **arguments)
+        torch.manual_seed(0)
+        kept[type(keep)] = float(ELBO(samples=200)(problem, posterior).elbo)
+        means = torch.tensor([row.elbo for row in run.history], dtype=F64).reshape(10, 10).mean(1)
+    assert int(means.argmax()) in (5, 6)
+    assert kept[Best] > kept[Last] + 0.5
+    assert abs(kept[Best] - float(means.max())) < 2.0
+
+
+@pytest.mark.mpi
+def test_the_best_survives_an_interruption(tmp_path):
+    arguments = {"steps": 40, "start": PresentParameters(), "optimizer": Adam(lr=0.05), "keep": Best(window=5), "seed": 2}
+
+    def fitted(**options):
+        problem, _ = split_pair()
+        return fit(problem, MeanFieldNormal(problem.prior), ELBO(samples=4), **arguments, **options)
+
+    def stop(row):
+        if row.step == 33:
+            raise KeyboardInterrupt
+
+    whole = fitted()
+    with pytest.raises(KeyboardInterrupt):
+        fitted(path=tmp_path / "run", checkpoint_every=7, callbacks=[stop])
+    COMM.barrier()
+    resumed = fitted(path=tmp_path / "run", resume=True)
+    assert torch.equal(resumed.posterior.mu, whole.posterior.mu)
+    assert torch.equal(resumed.posterior.log_scale, whole.posterior.log_scale)
+    with pytest.raises(RunFolderError, match=r"keep Best\(window=5\).*Last"):
+        arguments["keep"] = Last()
+        fitted(path=tmp_path / "run", resume=True)
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from tests.vi.test_stopping import *
+affine = Affine.create()
+torch.manual_seed(7)
+def ask(row):
+    if row.step == 5:
+        os.kill(os.getpid(), signal.{name})
+fit(affine.problem(), LowRankNormal(affine.prior, 2), ELBO(samples=2), steps=8, path={path!r}, callbacks=[ask])
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_leaves_a_checkpoint_and_a_word(tmp_path, name):
+    script = SCRIPT.format(root=str(Path(__file__).parents[2]), name=name, path=str(tmp_path / "run"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    word = done.stderr.strip().splitlines()[-1]
+    assert word.startswith(f"fem_vi.errors.FitInterrupted: {name} came: the fit stopped after step 5 of 8")
+    assert "resume=True" in word
+    assert output.newest_sound_step(tmp_path / "run") == 5
+    affine = Affine.create()
+
+    def posterior():
+        torch.manual_seed(7)
+        return LowRankNormal(affine.prior, 2)
+
+    run = fit(affine.problem(), posterior(), ELBO(samples=2), steps=8, path=tmp_path / "run", resume=True)
+    whole = fit(affine.problem(), posterior(), ELBO(samples=2), steps=8)
+    assert [row.elbo for row in run.history] == [row.elbo for row in whole.history]
+
+
+@pytest.mark.mpi
+def test_a_signal_to_one_rank_ends_all(tmp_path):
+    problem, _ = split_pair()
+
+    def ask(row):
+        if row.step == 3 and COMM.rank == COMM.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    torch.manual_seed(1)
+    with pytest.raises(FitInterrupted, match=r"SIGTERM came: the fit stopped after step 3 of 6"):
+        fit(problem, LowRankNormal(problem.prior, 2), ELBO(samples=2), steps=6, path=tmp_path / "run", callbacks=[ask])
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    COMM.barrier()
+    assert output.newest_sound_step(tmp_path / "run") == 3
+
+
+def test_an_interrupted_fit_is_told_from_an_error():
+    assert issubclass(FitInterrupted, KeyboardInterrupt)
+    assert issubclass(FitInterrupted, FemViError)
+
+
+def test_a_second_signal_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), noted_signals(active=True) as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted.name == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second one was noted as well")
+
+
+def test_signals_are_left_alone_without_a_folder_and_off_the_main_thread(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+    affine = Affine.create()
+    arguments = {"steps": 1, "callbacks": [lambda row: seen.append(signal.getsignal(signal.SIGINT))]}
+    fit(affine.problem(), MeanFieldNormal(affine.prior), ELBO(samples=2), **arguments)
+    fit(affine.problem(), MeanFieldNormal(affine.prior), ELBO(samples=2), path=tmp_path / "main", **arguments)
+    other = {**arguments, "path": tmp_path / "thread"}
+    thread = threading.Thread(target=fit, args=(affine.problem(), MeanFieldNormal(affine.prior), ELBO(samples=2)), kwargs=other)
+    thread.start()
+    thread.join()
+    assert seen[0] == before == seen[2]
+    assert seen[1] != before
+    assert json.loads((tmp_path / "thread" / "config.json").read_text())["keep"] == "Last()"
+
+
+def test_refusals():
+    affine = Affine.create()
+    for arguments, words in (
+        ({"stop": "plateau"}, r"stop is 'plateau'"),
+        ({"keep": Best}, r"keep is .*Last or Best"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            fit(affine.problem(), MeanFieldNormal(affine.prior), ELBO(), steps=1, **arguments)
+    for make, words in (
+        (lambda: Plateau(window=1), r"window is 1"),
+        (lambda: Plateau(tolerance=0), r"tolerance is 0"),
+        (lambda: Best(window=0), r"window is 0"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            make()
