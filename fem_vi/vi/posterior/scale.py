@@ -21,6 +21,9 @@ class Scale(Protocol):
     def apply(self, eps: Tensor) -> Tensor:
         """S eps, `(*batch, n_owned)`."""
 
+    def solve(self, delta: Tensor) -> Tensor:
+        """S^-1 delta, `(*batch, n_owned)`."""
+
     def quadratic(self, delta: Tensor) -> Tensor:
         """Delta' (S S')^-1 delta, `(*batch,)`, replicated."""
 
@@ -47,9 +50,13 @@ class DiagonalScale:
         """S eps, `(*batch, n_owned)`."""
         return self.log_scale.exp() * eps
 
+    def solve(self, delta: Tensor) -> Tensor:
+        """S^-1 delta, `(*batch, n_owned)`."""
+        return (-self.log_scale).exp() * delta
+
     def quadratic(self, delta: Tensor) -> Tensor:
         """|S^-1 delta|^2, `(*batch,)`, replicated."""
-        return self.prior.all_sum((delta * (-self.log_scale).exp()).square().sum(-1))
+        return self.prior.all_sum(self.solve(delta).square().sum(-1))
 
     def logdet(self) -> Tensor:
         """Sum of the log scales, scalar, replicated."""
@@ -74,11 +81,14 @@ class TriangularScale:
         """S eps, `(*batch, n)`."""
         return eps @ self.tril.T
 
+    def solve(self, delta: Tensor) -> Tensor:
+        """S^-1 delta, `(*batch, n)`."""
+        rows = delta.reshape(-1, delta.shape[-1])
+        return torch.linalg.solve_triangular(self.tril, rows.T, upper=False).T.reshape(delta.shape)
+
     def quadratic(self, delta: Tensor) -> Tensor:
         """|S^-1 delta|^2, `(*batch,)`."""
-        rows = delta.reshape(-1, delta.shape[-1])
-        z = torch.linalg.solve_triangular(self.tril, rows.T, upper=False)
-        return z.square().sum(0).reshape(delta.shape[:-1])
+        return self.solve(delta).square().sum(-1)
 
     def logdet(self) -> Tensor:
         """Sum of the logarithms of the diagonal, scalar."""
@@ -107,6 +117,7 @@ class TriangularScale:
 # Both factors are triangular with a diagonal of at least 1, so the solves are stable, and nothing in them is singular
 # where eigenvalues of G coincide (as the derivative of an eigendecomposition is). In the same terms
 #
+#     R^-1 = I + U (X^-1 - G)^-1 U' = I + U (I + L')^-1 U',  because  X^-1 - G = (I + L) L' - L L' + I,
 #     delta' (I + U U') delta = |delta|^2 + |U' delta|^2,  log det R = -log det L,
 #     diag(R R') = 1 - (column norms of L^-1 U')^2.
 #
@@ -152,6 +163,14 @@ class LowRankScale:
         w = torch.linalg.solve_triangular(self.cholesky.T, w, upper=True)
         rooted = (rows - self.prior.localise(w).T @ self.U).reshape(eps.shape)
         return rooted if self.log_precision is None else (-0.5 * self.log_precision).exp() * rooted
+
+    def solve(self, delta: Tensor) -> Tensor:
+        """S^-1 delta, `(*batch, n_owned)`."""
+        scaled = delta if self.log_precision is None else (0.5 * self.log_precision).exp() * delta
+        rows = scaled.reshape(-1, delta.shape[-1])
+        w = self.prior.all_sum(self.U @ rows.T)
+        w = torch.linalg.solve_triangular(torch.eye(len(w), dtype=w.dtype) + self.cholesky.T, w, upper=True)
+        return (rows + self.prior.localise(w).T @ self.U).reshape(delta.shape)
 
     def quadratic(self, delta: Tensor) -> Tensor:
         """|D^(1/2) delta|^2 + |U' D^(1/2) delta|^2, `(*batch,)`, replicated."""
