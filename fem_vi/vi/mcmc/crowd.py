@@ -49,7 +49,7 @@ class Crowd:
             unit: Chains that must stay together.
 
         Raises:
-            InvalidInput: Where the grid does not fit the prior.
+            InvalidInput: Where the grid does not fit the prior, or has more groups than there are blocks.
 
         MPI: Collective.
         """
@@ -61,6 +61,11 @@ class Crowd:
             error = InvalidInput(
                 f"grid: its mesh_comm has {grid.mesh_comm.size} ranks, and the prior lives on another communicator, with "
                 f"{prior.comm.size}. Make the mesh on grid.mesh_comm, or pass comm=grid.mesh_comm to the prior."
+            )
+        elif total // unit < grid.sample_comm.size:
+            error = InvalidInput(
+                f"grid has {grid.sample_comm.size} groups of ranks, and there are {total // unit} chains or islands to share "
+                "out. Take at least one for each group, or more ranks for each mesh."
             )
         agree_on_error(grid.comm, error)
         seed = shared_seed(grid.comm, seed)

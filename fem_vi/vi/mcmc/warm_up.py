@@ -72,7 +72,7 @@ def warm_up(
         averaging = averaging.update(float(crowd.together(info.acceptance.sum())) / crowd.total)
         if edges and edges[0] < k <= edges[-1]:
             seen.append(state.x)
-        if k in edges[1:]:
+        if k in edges[1:] and seen:
             xi = target.coordinates.whitened(state.x)
             target = replace(target, coordinates=_learned(target, torch.cat(seen), adaptation))
             state = target.begin(target.coordinates.of_whitened(xi))
