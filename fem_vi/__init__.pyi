@@ -36,6 +36,8 @@ from .pde.weak_form import WeakForm as WeakForm
 from .plot import plot_field as plot_field
 from .plot import save_figure as save_figure
 from .report import report as report
+from .vi.correlated_noise import CorrelatedNoise as CorrelatedNoise
+from .vi.correlated_noise import LowRankNoise as LowRankNoise
 from .vi.diagnostics import Diagnosis as Diagnosis
 from .vi.diagnostics import diagnose as diagnose
 from .vi.fit import fit as fit
@@ -52,6 +54,8 @@ from .vi.mcmc.tempered import Tempered as Tempered
 from .vi.mcmc.warm_up import KeepReference as KeepReference
 from .vi.mcmc.warm_up import LearnDense as LearnDense
 from .vi.mcmc.warm_up import LearnDiagonal as LearnDiagonal
+from .vi.minibatch import MinibatchProblem as MinibatchProblem
+from .vi.multiplicative_noise import MultiplicativeNoise as MultiplicativeNoise
 from .vi.objective import ELBO as ELBO
 from .vi.posterior.full_rank import FullRankNormal as FullRankNormal
 from .vi.posterior.low_rank import FreeDiagonal as FreeDiagonal
@@ -63,5 +67,10 @@ from .vi.problem import InverseProblem as InverseProblem
 from .vi.run import Run as Run
 from .vi.start import GaussNewton as GaussNewton
 from .vi.start import PresentParameters as PresentParameters
+from .vi.student_noise import StudentNoise as StudentNoise
+from .vi.transform import GammaPrior as GammaPrior
+from .vi.transform import LogNormalPrior as LogNormalPrior
+from .vi.transform import UniformPrior as UniformPrior
+from .vi.unknown_scale import UnknownScale as UnknownScale
 
 __version__: str

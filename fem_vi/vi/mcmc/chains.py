@@ -19,6 +19,7 @@ from fem_vi.vi.mcmc.progress import sampling_bar
 from fem_vi.vi.mcmc.samples import Samples
 from fem_vi.vi.mcmc.target import Target
 from fem_vi.vi.mcmc.warm_up import Adaptation, KeepReference, LearnDense, LearnDiagonal, warm_up
+from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.posterior.whitened import WhitenedNormal
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import Cost, InverseProblem
@@ -151,6 +152,7 @@ def _checked(problem: InverseProblem, kernel: Kernel, plan: Plan, reference: obj
         raise InvalidInput(f"thin is {thin} and draws {draws}: nothing would be kept.")
     if warmup == 0 and kernel.step_size is None:
         raise InvalidInput(f"warmup is 0: no step size would be found. Give one: {type(kernel).__name__}(step_size=0.2).")
+    check_exact(problem)
     adaptation = plan.adaptation
     if adaptation is None:
         few = reference is None and kernel.uses_gradient and problem.prior.num_global <= MOST_LEARNED
@@ -172,6 +174,19 @@ def check_kernel_type(kernel: object) -> None:
     """
     if isinstance(kernel, type) or not all(hasattr(kernel, name) for name in ("step", "step_size", "uses_gradient")):
         raise InvalidInput(f"kernel is {kernel!r:.80}; it must be a kernel such as HMC(), MALA() or PCN().")
+
+
+def check_exact(problem: InverseProblem) -> None:
+    """Refuse a problem whose density is estimated anew in each evaluation.
+
+    Raises:
+        InvalidInput: For a `MinibatchProblem`.
+    """
+    if isinstance(problem, MinibatchProblem):
+        raise InvalidInput(
+            "problem is a MinibatchProblem, whose density changes from call to call: a sampler would draw from no posterior. "
+            "Pass problem.whole(), which uses all data."
+        )
 
 
 def _first(target: Target, start: nn.Module | Distribution | Tensor | None) -> Tensor:

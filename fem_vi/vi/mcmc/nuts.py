@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fem_vi.arguments import instance, is_number, whole
 from fem_vi.errors import FemViError, InvalidInput
 from fem_vi.parallel import any_rank, raise_on_all
+from fem_vi.vi.mcmc.chains import check_exact
 from fem_vi.vi.mcmc.coordinates import Coordinates
 from fem_vi.vi.mcmc.crowd import Crowd
 from fem_vi.vi.mcmc.samples import Samples
@@ -62,6 +63,7 @@ def pyro_nuts(
     instance("problem", problem, InverseProblem)
     prior = problem.prior
     with raise_on_all(prior.comm):
+        check_exact(problem)
         chains, draws = whole("chains", chains, least=1), whole("draws", draws, least=1)
         warmup, seed = whole("warmup", warmup, least=1), whole("seed", seed)
         if not (is_number(target_acceptance) and 0.0 < target_acceptance < 1.0):

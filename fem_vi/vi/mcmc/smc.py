@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fem_vi.arguments import instance, is_number, whole
 from fem_vi.errors import InvalidInput, NotFinite
 from fem_vi.parallel import ProcessGrid, raise_on_all
-from fem_vi.vi.mcmc.chains import check_kernel_type
+from fem_vi.vi.mcmc.chains import check_exact, check_kernel_type
 from fem_vi.vi.mcmc.coordinates import Coordinates
 from fem_vi.vi.mcmc.crowd import Crowd
 from fem_vi.vi.mcmc.hmc import HMC
@@ -93,6 +93,7 @@ def smc(
     instance("problem", problem, InverseProblem)
     comm = problem.prior.comm if grid is None else grid.comm
     with raise_on_all(comm):
+        check_exact(problem)
         plan = _checked(kernel, particles, islands, moves, ess, most_temperatures)
         seed = whole("seed", seed)
     crowd = Crowd.create(problem.prior, plan.islands * plan.particles, grid, seed=seed, unit=plan.particles)
