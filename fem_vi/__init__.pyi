@@ -36,11 +36,15 @@ from .pde.weak_form import WeakForm as WeakForm
 from .plot import plot_field as plot_field
 from .plot import save_figure as save_figure
 from .report import report as report
+from .vi.calibration import Calibration as Calibration
+from .vi.calibration import calibrate as calibrate
 from .vi.correlated_noise import CorrelatedNoise as CorrelatedNoise
 from .vi.correlated_noise import LowRankNoise as LowRankNoise
 from .vi.diagnostics import Diagnosis as Diagnosis
 from .vi.diagnostics import diagnose as diagnose
 from .vi.fit import fit as fit
+from .vi.importance import Corrected as Corrected
+from .vi.importance import corrected_moments as corrected_moments
 from .vi.likelihood import GaussianNoise as GaussianNoise
 from .vi.mcmc.chain_report import ChainReport as ChainReport
 from .vi.mcmc.chains import sample as sample
@@ -62,6 +66,8 @@ from .vi.posterior.low_rank import FreeDiagonal as FreeDiagonal
 from .vi.posterior.low_rank import LowRankNormal as LowRankNormal
 from .vi.posterior.low_rank import UnitDiagonal as UnitDiagonal
 from .vi.posterior.mean_field import MeanFieldNormal as MeanFieldNormal
+from .vi.predictive import PredictiveCheck as PredictiveCheck
+from .vi.predictive import predictive_check as predictive_check
 from .vi.prior import GaussianVector as GaussianVector
 from .vi.problem import InverseProblem as InverseProblem
 from .vi.run import Run as Run

@@ -198,8 +198,8 @@ def test_unknown_noise_is_fitted_and_diagnosed():
     run = fit(problem, FullRankNormal(problem.prior), ELBO(samples=8), steps=200, start=start, optimizer=optimizer)
     diagnosis = diagnose(problem, run.posterior, samples=1000)
     assert -0.02 < exact.log_evidence - diagnosis.elbo < 0.3
-    assert diagnosis.khat < 0.7
-    assert diagnosis.log_evidence == pytest.approx(exact.log_evidence, abs=0.1)
+    assert diagnosis.log_evidence == pytest.approx(exact.log_evidence, abs=0.05)
+    assert "close to the exact one" in diagnosis.verdict
     assert "own predictions" in diagnosis.verdict
 
 
