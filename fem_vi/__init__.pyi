@@ -16,6 +16,8 @@ from .bridge.solve import MaskFailed as MaskFailed
 from .bridge.solve import RaiseFailed as RaiseFailed
 from .bridge.solve import Solve as Solve
 from .bridge.split import Split as Split
+from .diagnostic_figures import plot_calibration as plot_calibration
+from .diagnostic_figures import plot_weights as plot_weights
 from .errors import FailedOnAnotherRank as FailedOnAnotherRank
 from .errors import FemViError as FemViError
 from .errors import InvalidInput as InvalidInput
@@ -35,6 +37,9 @@ from .pde.points import RaiseOutside as RaiseOutside
 from .pde.weak_form import WeakForm as WeakForm
 from .plot import plot_field as plot_field
 from .plot import save_figure as save_figure
+from .posterior_figures import plot_marginals as plot_marginals
+from .posterior_figures import plot_posterior_field as plot_posterior_field
+from .posterior_figures import plot_predictive as plot_predictive
 from .report import report as report
 from .vi.calibration import Calibration as Calibration
 from .vi.calibration import calibrate as calibrate

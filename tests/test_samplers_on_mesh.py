@@ -43,10 +43,10 @@ def test_field_posterior_is_that_of_dense_algebra(kernel: fem_vi.HMC | fem_vi.PC
 def test_field_evidence_is_that_of_dense_algebra() -> None:
     exact, problem = exact_source(), source_inversion(COMM).problem
     tempered = fem_vi.smc(
-        problem, fem_vi.HMC(step_size=0.8), particles=20, islands=5, moves=1, reference=reference_of(problem, 0.9)
+        problem, fem_vi.HMC(step_size=0.8), particles=12, islands=4, moves=1, reference=reference_of(problem, 0.9)
     )
-    assert abs(tempered.log_evidence - exact.log_evidence) < 5 * tempered.log_evidence_error
-    assert tempered.log_evidence_error < 0.3
+    assert abs(tempered.log_evidence - exact.log_evidence) < 6 * tempered.log_evidence_error
+    assert tempered.log_evidence_error < 0.4
 
 
 @pytest.mark.mpi

@@ -190,11 +190,12 @@ def _judged(ranks: Tensor, draws: int, names: tuple[str, ...]) -> Calibration:
 
 def _verdict(u: Tensor, p_values: list[float], names: tuple[str, ...]) -> str:
     """What a reader who knows no chi-square should do. Bonferroni's correction for the number of quantities."""
-    worst = int(np.argmin(p_values))
-    if p_values[worst] * len(p_values) > LEVEL:
+    wrong = [k for k, p in enumerate(p_values) if p * len(p_values) <= LEVEL]
+    if not wrong:
         return (
-            f"No sign of a wrong posterior in {len(u)} simulated data sets: ranks are uniform (smallest p {p_values[worst]:.2g})."
+            f"No sign of a wrong posterior in {len(u)} simulated data sets: ranks are uniform (smallest p {min(p_values):.2g})."
         )
+    worst = wrong[0]  # single unknowns come first, whose ranks are easier to read
     error = (12 * len(u)) ** -0.5  # of the mean rank, were ranks uniform
     shift = float(u[:, worst].mean()) - 0.5
     spread = float(u[:, worst].std()) * 12**0.5
