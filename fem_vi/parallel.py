@@ -186,6 +186,11 @@ def shared_seed(comm: MPI.Comm, seed: int) -> int:
     return int(comm.bcast(int(seed), root=0)) if comm.size > 1 else int(seed)
 
 
+def same_ranks(one: MPI.Comm, other: MPI.Comm) -> bool:
+    """Whether two communicators hold the same ranks in the same order. Not collective."""
+    return one.size == other.size and MPI.Comm.Compare(one, other) in (MPI.IDENT, MPI.CONGRUENT)
+
+
 @dataclass(frozen=True)
 class ProcessGrid:
     """Two communicators over one set of ranks: some ranks share a mesh, the groups share out samples.

@@ -11,6 +11,53 @@ from fem_vi.errors import InvalidInput
 from fem_vi.vi.real_tensor import real_tensor
 
 
+def check_last_axes(y: Tensor, prediction: Tensor) -> None:
+    """Refuse data and predictions of different lengths.
+
+    Raises:
+        InvalidInput: Where the last axes differ.
+    """
+    if prediction.ndim == 0 or y.ndim == 0 or prediction.shape[-1] != y.shape[-1]:
+        raise InvalidInput(f"prediction has shape {tuple(prediction.shape)}; y has shape {tuple(y.shape)}: last axes must agree.")
+
+
+def checked_scale(name: str, kind: str, value: object) -> Tensor:
+    """A positive number, or one for each datum.
+
+    Args:
+        name: How the error calls it.
+        kind: The class that takes it.
+        value: What the user passed.
+
+    Returns:
+        `()` or `(num_data,)`.
+
+    Raises:
+        InvalidInput: Where it is no number or vector of numbers, or not positive and finite.
+    """
+    scale = real_tensor(name, value)
+    if scale.ndim > 1:
+        raise InvalidInput(f"{name} has shape {tuple(scale.shape)}; {kind} takes a number or shape (num_data,).")
+    wrong = torch.nonzero(~(torch.isfinite(scale) & (scale > 0)).reshape(-1)).flatten().tolist()
+    if wrong:
+        where = f" at {wrong[:10]} ({len(wrong)} of {len(scale)} data)" if scale.ndim else ""
+        raise InvalidInput(
+            f"{name} is {float(scale.reshape(-1)[wrong[0]])}{where}; it must be positive and finite. A datum without noise "
+            "is a constraint, not a likelihood."
+        )
+    return scale
+
+
+def check_count(name: str, scale: Tensor, y: Tensor) -> None:
+    """Refuse more or fewer scales than data.
+
+    Raises:
+        InvalidInput: Where there is not one, nor one for each datum.
+    """
+    if scale.ndim == 1 and scale.shape != y.shape[-1:]:
+        raise InvalidInput(f"{name} has {len(scale)} entries; y has {y.shape[-1]}. Give one number, or one for each datum.")
+
+
 class GaussianNoise:
     """Independent normal noise, y = prediction + N(0, std^2).
 
@@ -26,17 +73,10 @@ class GaussianNoise:
         >>> GaussianNoise(std=0.01).log_prob(y, prediction)
     """
 
+    additive = True
+
     def __init__(self, std: float | Tensor) -> None:
-        self.std = real_tensor("std", std)
-        if self.std.ndim > 1:
-            raise InvalidInput(f"std has shape {tuple(self.std.shape)}; GaussianNoise takes a number or shape (num_data,).")
-        wrong = torch.nonzero(~(torch.isfinite(self.std) & (self.std > 0)).reshape(-1)).flatten().tolist()
-        if wrong:
-            where = f" at {wrong[:10]} ({len(wrong)} of {len(self.std)} data)" if self.std.ndim else ""
-            raise InvalidInput(
-                f"std is {float(self.std.reshape(-1)[wrong[0]])}{where}; it must be positive and finite. A datum without noise "
-                "is a constraint, not a likelihood."
-            )
+        self.std = checked_scale("std", "GaussianNoise", std)
 
     def __repr__(self) -> str:
         return f"GaussianNoise(std={self.std.item()!r})" if self.std.ndim == 0 else f"GaussianNoise(std={len(self.std)} values)"
@@ -50,8 +90,11 @@ class GaussianNoise:
         Raises:
             InvalidInput: Where there are more or fewer standard deviations than data.
         """
-        if self.std.ndim == 1 and self.std.shape != y.shape[-1:]:
-            raise InvalidInput(f"std has {len(self.std)} entries; y has {y.shape[-1]}. Give one number, or one for each datum.")
+        check_count("std", self.std, y)
+
+    def at(self, index: Tensor) -> GaussianNoise:
+        """The noise of some of the data, `(batch,)`."""
+        return self if self.std.ndim == 0 else GaussianNoise(self.std[index])
 
     def standardise(self, y: Tensor, prediction: Tensor) -> Tensor:
         """Residuals in units of the noise, `(y - prediction) / std`.
@@ -66,10 +109,7 @@ class GaussianNoise:
         Raises:
             InvalidInput: Where the last axes differ.
         """
-        if prediction.ndim == 0 or y.ndim == 0 or prediction.shape[-1] != y.shape[-1]:
-            raise InvalidInput(
-                f"prediction has shape {tuple(prediction.shape)}; y has shape {tuple(y.shape)}: last axes must agree."
-            )
+        check_last_axes(y, prediction)
         self.check(y)
         return (y - prediction) / self.std
 

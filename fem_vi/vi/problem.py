@@ -14,6 +14,7 @@ from fem_vi.arguments import instance
 from fem_vi.bridge.layout import all_sum
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all
+from fem_vi.vi.predicted import num_predicted
 from fem_vi.vi.prior import FieldPrior, check_prior
 from fem_vi.vi.real_tensor import real_tensor
 
@@ -60,7 +61,8 @@ class InverseProblem:
 
     Args:
         prior: Prior of m: `MaternField` on a mesh, `GaussianVector` for a handful of parameters.
-        forward: Predicted data, m `(*batch, n_owned)` to `(*batch, num_data)`, differentiable and replicated.
+        forward: Predicted data, m `(*batch, n_owned)` to `(*batch, num_data)`, differentiable and replicated; a likelihood may
+            ask for more numbers behind them (`UnknownScale`).
         likelihood: How data scatter around predictions, `GaussianNoise` for example.
         y: Data, `(num_data,)`, replicated.
 
@@ -107,8 +109,12 @@ class InverseProblem:
         with raise_on_all(self.prior.comm):
             if m.ndim == 0 or m.shape[-1] != n_owned:
                 raise InvalidInput(f"m has shape {tuple(m.shape)}; its last axis must have the prior's {n_owned} entries.")
-        prediction = self.forward(m)
-        expected = (*m.shape[:-1], *self.y.shape)
+        return self._predict(m, self.forward, self.likelihood, len(self.y))
+
+    def _predict(self, m: Tensor, forward: Callable[[Tensor], Tensor], likelihood: Likelihood, num_data: int) -> Tensor:
+        """What a forward map makes of m, checked and counted."""
+        prediction = forward(m)
+        expected = (*m.shape[:-1], num_predicted(likelihood, num_data))
         with raise_on_all(self.prior.comm):
             if not isinstance(prediction, Tensor):
                 raise InvalidInput(
@@ -116,7 +122,7 @@ class InverseProblem:
                 )
             if prediction.shape != expected:
                 raise InvalidInput(
-                    f"forward took m of shape {tuple(m.shape)} and returned shape {tuple(prediction.shape)}; with {len(self.y)} "
+                    f"forward took m of shape {tuple(m.shape)} and returned shape {tuple(prediction.shape)}; with {num_data} "
                     f"data it must be {expected}. Does it end in an observation, and keep the batch axes?"
                 )
             if prediction.dtype not in (torch.float64, m.dtype):
@@ -182,10 +188,23 @@ def _checked_data(prior: FieldPrior, likelihood: Likelihood, y: Tensor) -> Tenso
                 f"y on rank {comm.rank} differs from rank 0 (largest difference {float((first - y).abs().max()):.3g}). "
                 "Read or make the data with one seed on all ranks, or broadcast them."
             )
-    std = getattr(likelihood, "std", None)
-    content = (tuple(std.shape), crc32(std.detach().cpu().numpy().tobytes())) if isinstance(std, Tensor) else None
-    contents = all_values(comm, content)
+    contents = all_values(comm, _contents(likelihood))
     if contents.count(contents[0]) < comm.size:
         other = next(rank for rank, value in enumerate(contents) if value != contents[0])
-        raise InvalidInput(f"the noise's std on rank {other} differs from rank 0; it must be the same on all ranks.")
+        name = next((name for name in contents[0] if contents[other].get(name) != contents[0][name]), "kind")
+        raise InvalidInput(f"the noise's {name} on rank {other} differs from rank 0; it must be the same on all ranks.")
     return y
+
+
+def _contents(likelihood: object) -> dict[str, tuple[object, ...]]:
+    """Every tensor and number of a likelihood by its name, and of likelihoods inside it, short enough to be compared."""
+    found: dict[str, tuple[object, ...]] = {}
+    for name, value in vars(likelihood).items():
+        if isinstance(value, Tensor):
+            found[name] = (tuple(value.shape), crc32(value.detach().cpu().numpy().tobytes()))
+        elif isinstance(value, int | float):
+            found[name] = (value,)
+        elif isinstance(value, Likelihood):
+            found[name] = (type(value).__name__,)
+            found |= _contents(value)
+    return found

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from fem_vi.errors import InvalidInput
-from fem_vi.vi.diagnostics import diagnose, pareto_smoothed
+from fem_vi.vi.diagnostics import diagnose
+from fem_vi.vi.importance import corrected_moments, pareto_smoothed
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.low_rank import LowRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
+from fem_vi.vi.predictive import predictive_check
 from fem_vi.vi.start import GaussNewton
 from tests.vi.helpers import F64, Affine, dense, numbers, split_pair
 
@@ -115,6 +117,83 @@ def test_split_over_ranks():
         GaussNewton()(problem, posterior)
         results.append(diagnose(problem, posterior, samples=200))
     ours, reference = results
-    for name in ("elbo", "elbo_error", "log_evidence", "kl", "khat", "ess", "chi2"):
+    for name in ("elbo", "elbo_error", "log_evidence", "kl", "khat", "ess", "chi2", "mean_shift", "sd_ratio"):
         assert getattr(ours, name) == pytest.approx(getattr(reference, name), rel=1e-6), name
     assert ours.coverage == reference.coverage
+
+
+def test_corrected_moments_are_exact_where_the_posterior_is_not():
+    affine = Affine.create()
+    posterior = fitted(affine, FullRankNormal)
+    with torch.no_grad():
+        posterior.mu += 0.2 * posterior.log_diagonal.exp()
+        posterior.log_diagonal += 0.15
+    corrected = corrected_moments(affine.problem(), posterior, samples=4000, batch=700)
+    exact = affine.posterior()
+    assert corrected.khat < corrected.khat_limit
+    assert float(((posterior().mean.detach() - exact.mean) / corrected.mean_error).abs().max()) > 5  # it was wrong
+    assert float(((corrected.mean - exact.mean) / corrected.mean_error).abs().max()) < 3.5
+    assert float((corrected.variance / exact.variance - 1).abs().max()) < 0.15
+    assert abs(corrected.log_evidence - affine.log_evidence()) < 4 * corrected.log_evidence_error
+    expected = (exact.variance / corrected.ess).sqrt()
+    torch.testing.assert_close(corrected.mean_error, expected, rtol=0.2, atol=0.0)
+
+
+def test_diagnosis_says_how_far_weights_move_it():
+    affine = Affine.create()
+    posterior = fitted(affine, FullRankNormal)
+    exact = diagnose(affine.problem(), posterior)
+    assert exact.mean_shift < 1e-6
+    assert exact.sd_ratio == pytest.approx(1.0)
+    assert exact.kl_error == 0.0
+    with torch.no_grad():
+        posterior.log_diagonal += 0.2
+        posterior.below *= 1.2214
+    wide = diagnose(affine.problem(), posterior, samples=4000)
+    assert wide.sd_ratio == pytest.approx(0.82, abs=0.05)
+    assert wide.mean_shift < 0.1
+
+
+def test_nearly_equal_weights_are_no_reason_for_distrust():
+    # Weights within 1e-3 of each other have whatever tail rounding of the fit gives them.
+    affine = Affine.create()
+    posterior = fitted(affine, FullRankNormal)
+    with torch.no_grad():
+        posterior.log_diagonal -= 0.01
+    diagnosis = diagnose(affine.problem(), posterior)
+    assert diagnosis.ess > 950
+    assert "all but equal" in diagnosis.verdict
+
+
+def test_predictive_check_names_the_datum_that_is_off():
+    affine = Affine.create(num_data=30)
+    y = affine.y.clone()
+    y[17] += 20 * affine.std
+    wrong = Affine(affine.prior, affine.A, affine.b, affine.std, y)
+    m = wrong.posterior().sample((400,))
+    check = predictive_check(wrong.problem(), m)
+    assert check.outside[0] == 17
+    assert check.p_value < 0.01
+    assert "fit worse" in check.verdict
+    assert " ".join(str(check).split()).endswith(check.verdict)
+    good = predictive_check(affine.problem(), affine.posterior().sample((2, 200)))
+    assert 0.01 < good.p_value < 0.99
+    exact = torch.distributions.Normal(
+        affine.posterior().mean @ affine.A.T + affine.b,
+        (torch.einsum("ij,jk,ik->i", affine.A, affine.posterior().covariance_matrix, affine.A) + affine.std**2).sqrt(),
+    )
+    torch.testing.assert_close(good.median, exact.mean, atol=4 * 1.25 * affine.std / 400**0.5, rtol=0.0)
+    with pytest.raises(InvalidInput, match="m holds 3 draws"):
+        predictive_check(affine.problem(), torch.zeros(3, 5))
+
+
+@pytest.mark.mpi
+def test_corrected_moments_split_over_ranks():
+    results = []
+    for problem in split_pair():
+        posterior = MeanFieldNormal(problem.prior)
+        GaussNewton()(problem, posterior)
+        corrected = corrected_moments(problem, posterior, samples=200)
+        results.append([problem.prior.gather(x) for x in (corrected.mean, corrected.variance, corrected.mean_error)])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-8)
