@@ -4,6 +4,8 @@ from .bridge.convert import to_tensor as to_tensor
 from .bridge.evolve import Evolve as Evolve
 from .bridge.field_file import write_fields as write_fields
 from .bridge.field_prior import MaternField as MaternField
+from .bridge.field_prior import PlainVariance as PlainVariance
+from .bridge.field_prior import UniformVariance as UniformVariance
 from .bridge.functional import Functional as Functional
 from .bridge.layout import all_sum as all_sum
 from .bridge.layout import distribute as distribute
