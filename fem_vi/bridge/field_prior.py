@@ -178,8 +178,9 @@ class MaternField(Distribution):
 
     def __repr__(self) -> str:
         mean = f", mean={self._level:g}" if self._level is not None else ", mean=<field>"
+        std, length = float(_detached(self.std)), float(_detached(self.length))
         alpha = "" if self.alpha == 2.0 else f", alpha={self.alpha:g}"
-        return f"MaternField({self.num_global} unknowns, std={float(self.std):g}, length={float(self.length):g}{mean}{alpha})"
+        return f"MaternField({self.num_global} unknowns, std={std:g}, length={length:g}{mean}{alpha})"
 
     @property
     def kappa(self) -> float | Tensor:
@@ -236,12 +237,13 @@ class MaternField(Distribution):
             if length is not None:
                 new.length = _hyperparameter("length", length)
                 low, high = self.lengths
-                if not low * (1 - 1e-12) <= float(new.length) <= high * (1 + 1e-12):
+                asked = positive("MaternField.at: length", _detached(length))
+                if not low * (1 - 1e-12) <= asked <= high * (1 + 1e-12):
                     raise InvalidInput(
-                        f"MaternField.at: length is {float(new.length):g}; this prior serves {low:g} to {high:g}. Build it with "
+                        f"MaternField.at: length is {asked:g}; this prior serves {low:g} to {high:g}. Build it with "
                         "lengths=(shortest, longest)."
                     )
-        given = all_values(self.comm, (float(new.std), float(new.length)))
+        given = all_values(self.comm, (float(_detached(new.std)), float(_detached(new.length))))
         if any(other != given[0] for other in given):
             raise InvalidInput(f"MaternField.at: (std, length) differ between ranks: {given}; they must be replicated.")
         if length is not None:
@@ -272,6 +274,13 @@ class MaternField(Distribution):
         """xi = C^(-1/2) (m - mean), the inverse of `unwhiten`; differentiable. Collective."""
         self._check(m, "m")
         return self._root.invert(self._kappa, (m - self._mean) / self._factor())
+
+    def multiply_covariance(self, x: Tensor) -> Tensor:
+        """C x for field tensors x `(*batch, n_owned)`; differentiable. Collective."""
+        self._check(x, "x")
+        spread = self._root.spread
+        half = self._root.apply(self._kappa, spread * self._factor() * x) / spread
+        return self._factor() * self._root.apply(self._kappa, half)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density with respect to the coefficients, `(*batch,)`, replicated; differentiable. Collective."""
@@ -350,8 +359,12 @@ def _number(name: str, value: float | Tensor) -> float:
 
 
 def _hyperparameter(name: str, value: float | Tensor) -> float | Tensor:
-    number = positive(f"MaternField.at: {name}", value.detach() if isinstance(value, Tensor) else value)
+    number = positive(f"MaternField.at: {name}", _detached(value))
     return value.to(torch.float64) if isinstance(value, Tensor) else number
+
+
+def _detached(value: float | Tensor) -> float | Tensor:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _smoothness(alpha: float, dimension: int) -> float:

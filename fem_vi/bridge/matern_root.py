@@ -150,7 +150,7 @@ class MaternRoot:
         """K_s^-1 b."""
         if kappa.requires_grad or forward_ad.unpack_dual(kappa).tangent is not None:
             return _Solve.apply(self, s, kappa, b)  # type: ignore[no-any-return]
-        return self._map(lambda rows: self._inverse(float(kappa), s, rows), b)
+        return self._map(lambda rows: self._inverse(float(kappa.detach()), s, rows), b)
 
     def _inverse(self, kappa: float, s: float, rows: Array) -> Array:
         d = as_numpy(self._diagonal(torch.tensor(kappa, dtype=torch.float64), s))
@@ -172,7 +172,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(root: MaternRoot, s: float, kappa: Tensor, b: Tensor) -> Tensor:
         rows = as_numpy(b.reshape(math.prod(b.shape[:-1]), b.shape[-1]))
-        return torch.from_numpy(root._inverse(float(kappa), s, np.array(rows))).reshape(b.shape)
+        return torch.from_numpy(root._inverse(float(kappa.detach()), s, np.array(rows))).reshape(b.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[MaternRoot, float, Tensor, Tensor], output: Tensor) -> None:

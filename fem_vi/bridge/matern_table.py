@@ -45,13 +45,13 @@ class AtOneLength:
     def log_sd(self, kappa: Tensor) -> Tensor:
         """Logarithm of the standard deviation of R xi at each node, `(n_owned,)`. Collective."""
         if self._log_sd is None:
-            self._log_sd, _ = log_deviation(self.root, self.layout, float(kappa), self.tolerance)
+            self._log_sd, _ = log_deviation(self.root, self.layout, float(kappa.detach()), self.tolerance)
         return self._log_sd
 
     def logdet(self, kappa: Tensor) -> Tensor:
         """log |det R|, scalar, replicated. Collective."""
         if self._logdet is None:
-            self._logdet = torch.tensor(self.root.logdet(float(kappa)), dtype=torch.float64)
+            self._logdet = torch.tensor(self.root.logdet(float(kappa.detach())), dtype=torch.float64)
         return self._logdet
 
 

@@ -100,10 +100,9 @@ def test_variance_is_the_diagonal_of_the_covariance(dimension: int, monkeypatch:
     assert not torch.allclose(exact, torch.tensor(0.64, dtype=torch.float64), rtol=0.01), "the plain one is not uniform"
 
 
-@pytest.mark.mpi
 def test_large_fields_have_their_deviation_from_dominant_directions_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made small: 441 unknowns, 30 directions; in root mean square the error is what was asked for."""
-    V = space(2, 20, COMM)
+    V = space(2, 20)
     exact = fem_vi.MaternField(V, std=1.0, length=0.3, variance=fem_vi.PlainVariance()).stddev
     monkeypatch.setattr(pointwise, "EXACT_LIMIT", 0)
     monkeypatch.setattr(pointwise, "DIRECTIONS", 30)
