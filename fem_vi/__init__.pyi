@@ -4,7 +4,14 @@ from .bridge.convert import to_tensor as to_tensor
 from .bridge.evolve import Evolve as Evolve
 from .bridge.field_file import write_fields as write_fields
 from .bridge.field_prior import MaternField as MaternField
+from .bridge.field_prior import PlainVariance as PlainVariance
+from .bridge.field_prior import UniformVariance as UniformVariance
 from .bridge.functional import Functional as Functional
+from .bridge.karhunen_loeve import Energy as Energy
+from .bridge.karhunen_loeve import Exponential as Exponential
+from .bridge.karhunen_loeve import KarhunenLoeveField as KarhunenLoeveField
+from .bridge.karhunen_loeve import Modes as Modes
+from .bridge.karhunen_loeve import SquaredExponential as SquaredExponential
 from .bridge.layout import all_sum as all_sum
 from .bridge.layout import distribute as distribute
 from .bridge.layout import gather as gather
@@ -14,6 +21,9 @@ from .bridge.logdet import LogdetEstimate as LogdetEstimate
 from .bridge.logdet import StochasticLogdet as StochasticLogdet
 from .bridge.observe import PointObservation as PointObservation
 from .bridge.observe_expression import ExpressionObservation as ExpressionObservation
+from .bridge.piecewise import Blocks as Blocks
+from .bridge.piecewise import PiecewiseConstant as PiecewiseConstant
+from .bridge.piecewise import Tagged as Tagged
 from .bridge.precondition import PreconditionedResidual as PreconditionedResidual
 from .bridge.residual import Residual as Residual
 from .bridge.residual_file import export_residual as export_residual
@@ -75,6 +85,10 @@ from .vi.divergence import SelfNormalised as SelfNormalised
 from .vi.draws import Antithetic as Antithetic
 from .vi.draws import Independent as Independent
 from .vi.draws import QuasiMonteCarlo as QuasiMonteCarlo
+from .vi.field_transform import Bounded as Bounded
+from .vi.field_transform import LevelSet as LevelSet
+from .vi.field_transform import Positive as Positive
+from .vi.field_transform import TransformedField as TransformedField
 from .vi.fit import fit as fit
 from .vi.importance import Corrected as Corrected
 from .vi.importance import corrected_moments as corrected_moments

@@ -1,20 +1,19 @@
 """`MaternField`: a Gaussian field with Matern covariance, by way of a stochastic PDE on the mesh.
 
-A Matern field with smoothness nu = alpha - d/2 solves tau (kappa^2 - Laplacian)^(alpha/2) x = W with white noise W; here
-alpha = 2. With the finite-element matrix K = kappa^2 M + S + (kappa / 1.42) B (mass, stiffness, boundary mass) and the
-lumped mass D, which is the covariance of white noise tested with the basis functions,
+A Matern field with smoothness nu = alpha - d/2 solves (kappa^2 - Laplacian)^(alpha/2) x = W with white noise W. On the mesh
 
-    m = mean + C^(1/2) xi,      C^(1/2) = tau^-1 K^-1 D^(1/2),      xi ~ N(0, I),
+    m = mean + std diag(1 / s) R(kappa) xi,      xi ~ N(0, I),
 
-which is one sparse solve, has the inverse xi = tau D^(-1/2) K (m - mean), and whose determinant comes with the factorisation.
-Distances in xi keep their meaning as the mesh is refined. The Robin term takes the place of the field outside the domain.
+where R (`fem_vi.bridge.matern_root`) takes a few sparse solves and so does its inverse, and s is the standard deviation of R xi
+at each node, which differs from one near the boundary. Distances in xi keep their meaning as the mesh is refined.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +21,104 @@ import numpy as np
 import scipy.sparse
 import torch
 import ufl
+from mpi4py import MPI
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution
 
-from fem_vi.arguments import positive
+from fem_vi.arguments import instance, is_number, positive
 from fem_vi.bridge.field_file import write_fields
-from fem_vi.bridge.layout import all_sum, as_numpy, gather, localise, num_global, num_owned, owned_range
-from fem_vi.bridge.linear import apply_linear
+from fem_vi.bridge.layout import all_sum, gather, localise, num_global, num_owned, owned_range
+from fem_vi.bridge.matern_root import MaternRoot
+from fem_vi.bridge.matern_table import AtAnyLength, AtOneLength, Statistics
 from fem_vi.errors import InvalidInput
 from fem_vi.noise import standard_normal
 from fem_vi.parallel import all_values, raise_on_all, shared_seed
-from fem_vi.pde.fields import SpdOperator, check_vertex_space, lumped_mass, node_names
-from fem_vi.pde.inputs import Array
+from fem_vi.pde.fields import check_vertex_space, node_names
 from fem_vi.pde.petsc_options import Option
+from fem_vi.pde.rational import LEAST_TOLERANCE
 
-ROBIN = 1.0 / 1.42
-"""Robin coefficient over kappa (Roininen, Huttunen, Lasanen 2014)."""
-EXACT_VARIANCE_LIMIT = 20_000
+
+@dataclass(frozen=True)
+class UniformVariance:
+    """Divide by the pointwise standard deviation: it is `std` everywhere, on the boundary and in corners too.
+
+    Exact up to 5,000 unknowns. Beyond, the deviations come from 256 dominant directions and as many draws as the tolerance takes,
+    at most 1,024: some 600 to 1,500 solves with a kept factorisation, once for each prior, when it is first used. With an
+    iterative solver, where a solve may take seconds, `PlainVariance` may be the better choice.
+
+    Attributes:
+        tolerance: Root mean square, over the unknowns, of the relative standard error of the standard deviation. The 1,024 draws
+            reach it where the length is not short: on a square with 4,225 unknowns 0.002 (0.01 at the worst of them) at a
+            length of 0.15 sides, 0.01 (0.04) at 0.05.
+
+    References:
+        Daon, Stadler (2018), Mitigating the influence of the boundary on PDE-based covariance operators.
+    """
+
+    tolerance: float = 0.002
+
+    def __post_init__(self) -> None:
+        positive("UniformVariance: tolerance", self.tolerance)
+
+
+@dataclass(frozen=True)
+class PlainVariance:
+    """Take the field as the Robin condition leaves it.
+
+    On the unit square with `length` 0.15 the pointwise standard deviation is within 8 % of `std` everywhere on a mesh of 40 x 40
+    cells with alpha = 2; on coarser ones, and for other alpha, it is less exact.
+
+    References:
+        Roininen, Huttunen, Lasanen (2014), Whittle-Matern priors for Bayesian statistical inversion.
+    """
+
+
+@dataclass(frozen=True)
+class _Layout:
+    comm: MPI.Comm
+    names: NDArray[np.int64]
+    first: int
+    num_global: int
 
 
 class MaternField(Distribution):
-    """A Gaussian field whose covariance is, away from the boundary, that of Matern.
+    """A Gaussian field whose covariance is that of Matern; near the boundary, about that, with the same variance.
 
-        C(r) = std^2 2^(1 - nu) / Gamma(nu) (kappa r)^nu K_nu(kappa r),    kappa = sqrt(2 nu) / length,    nu = 2 - d / 2.
+        C(r) = std^2 2^(1 - nu) / Gamma(nu) (kappa r)^nu K_nu(kappa r),    kappa = sqrt(2 nu) / length,    nu = alpha - d / 2,
+
+    where r^2 = (x - y)' H^-1 (x - y) with a constant metric H. Fields have almost nu derivatives (in the mean square sense).
 
     A `torch.distributions.Distribution` over field tensors `(*batch, n_owned)`; log_prob is the global number on every
-    rank. Near the boundary a Robin condition stands in for the field outside: on the unit square with `length` 0.15 the
-    pointwise standard deviation is within 8 % of `std` everywhere on a mesh of 40 x 40 cells; on coarser ones it is less exact.
+    rank. `prior.at(std=..., length=...)` is the prior for other hyperparameters, differentiable in them.
+
+    Where alpha is 2, 4, ... the operator's power is exact. Any other alpha > d / 2 takes a rational function of the operator,
+    with some 3 to 8 factorisations, that changes the standard deviation of no mode by more than `tolerance`, relatively; draws,
+    densities and whitening are exact for the field that this defines.
 
     Args:
         V: Scalar continuous Lagrange space of degree 1; the mesh should resolve `length` with several cells.
         std: Marginal standard deviation, unit of the field.
         length: Correlation length, mesh units, in the convention above (that of Rasmussen, Williams 2006).
         mean: Number, or field tensor `(n_owned,)`.
-        petsc_options: Options of the solver for K, without prefix; the default is Cholesky by MUMPS.
+        alpha: Power of the operator; nu = alpha - d / 2 must be positive.
+        metric: H, `(d, d)`, symmetric positive definite: an array, or a UFL expression that varies in space. The correlation
+            length along a unit vector e is length sqrt(e' H e): numpy.diag([1, 0.01]) makes it a tenth along the second axis.
+        variance: What to do near the boundary: `UniformVariance()` or `PlainVariance()`.
+        lengths: The range of lengths that `at` is to serve; a fourth to four times `length`, where it is None.
+        tolerance: For an alpha that is no even number; at least 5e-4.
+        petsc_options: Options of the solvers, without prefix; the default is Cholesky by MUMPS, and CG with algebraic multigrid
+            beyond 90,000 unknowns in three dimensions, with which draws and whitening work, and log_prob does not.
 
     Raises:
         InvalidInput: Where V is another space, or a parameter is out of range.
+        SolveFailed: Where a solver fails, or log_prob is asked for without a factorisation by MUMPS.
 
     MPI: Collective; every method except `all_sum`'s adjoint is too.
 
     References:
         Lindgren, Rue, Lindstrom (2011), An explicit link between Gaussian fields and Gaussian Markov random fields.
-        Roininen, Huttunen, Lasanen (2014), Whittle-Matern priors for Bayesian statistical inversion.
+        Bolin, Kirchner, Kovacs (2018), Weak convergence of Galerkin approximations for fractional elliptic stochastic PDEs.
 
     Example:
         >>> prior = fem_vi.MaternField(V, std=1.0, length=0.25)
@@ -82,25 +136,42 @@ class MaternField(Distribution):
         std: float,
         length: float,
         mean: float | Tensor = 0.0,
+        alpha: float = 2.0,
+        metric: Any = None,
+        variance: UniformVariance | PlainVariance = UniformVariance(),
+        lengths: tuple[float, float] | None = None,
+        tolerance: float = 1e-3,
         petsc_options: Mapping[str, Option] | None = None,
     ) -> None:
         check_vertex_space(V)
         self.comm = V.mesh.comm
         with raise_on_all(self.comm):
-            _check_parameters(std, length, mean, num_owned(V))
-        self.V, self.std, self.length = V, std, length
+            self.std: float | Tensor = _number("std", std)
+            self.length: float | Tensor = _number("length", length)
+            _check_mean(mean, num_owned(V))
+            self.nu = _smoothness(alpha, V.mesh.topology.dim)
+            instance("MaternField: variance", variance, UniformVariance, PlainVariance)
+            tensor = _checked_metric(metric, V.mesh)
+            self.lengths = _checked_range(lengths, length)
+            if positive("MaternField: tolerance", tolerance) < LEAST_TOLERANCE:
+                raise InvalidInput(f"MaternField: tolerance is {tolerance:g}; it must be at least {LEAST_TOLERANCE:g}.")
+        self.V, self.alpha = V, float(alpha)
         self.num_global = num_global(V)
-        d = V.mesh.topology.dim
-        self.nu = 2 - d / 2
-        self.kappa = math.sqrt(2 * self.nu) / length
-        variance = math.gamma(self.nu) / ((4 * math.pi) ** (d / 2) * self.kappa ** (2 * self.nu))
-        self._tau = math.sqrt(variance) / std
-        x, v = ufl.TrialFunction(V), ufl.TestFunction(V)
-        form = (self.kappa**2 * x * v + ufl.inner(ufl.grad(x), ufl.grad(v))) * ufl.dx + ROBIN * self.kappa * x * v * ufl.ds
-        self._operator = SpdOperator(form, petsc_options or {})
-        self._mass = torch.from_numpy(lumped_mass(V))
+        self._boundary = variance
+        self._root = MaternRoot(
+            V,
+            alpha=self.alpha,
+            metric=tensor,
+            least_kappa=math.sqrt(2 * self.nu) / self.lengths[1],
+            tolerance=tolerance,
+            petsc_options=petsc_options or {},
+        )
         self._names = node_names(V)
-        self._variance: Tensor | None = None
+        layout = _Layout(self.comm, self._names, owned_range(V)[0], self.num_global)
+        sampling = variance.tolerance if isinstance(variance, UniformVariance) else UniformVariance.tolerance
+        self._base = AtOneLength(self._root, layout, sampling)
+        self._table: AtAnyLength | None = None
+        self._statistics: Statistics = self._base
         self._order: Tensor | None = None
         super().__init__(torch.Size(), torch.Size([num_owned(V)]), validate_args=False)
         self._level = None if isinstance(mean, Tensor) and mean.ndim > 0 else float(mean)
@@ -108,7 +179,14 @@ class MaternField(Distribution):
 
     def __repr__(self) -> str:
         mean = f", mean={self._level:g}" if self._level is not None else ", mean=<field>"
-        return f"MaternField({self.num_global} unknowns, std={self.std:g}, length={self.length:g}{mean})"
+        std, length = float(_detached(self.std)), float(_detached(self.length))
+        alpha = "" if self.alpha == 2.0 else f", alpha={self.alpha:g}"
+        return f"MaternField({self.num_global} unknowns, std={std:g}, length={length:g}{mean}{alpha})"
+
+    @property
+    def kappa(self) -> float | Tensor:
+        """sqrt(2 nu) / length."""
+        return math.sqrt(2 * self.nu) / self.length
 
     @property
     def mean(self) -> Tensor:
@@ -117,19 +195,63 @@ class MaternField(Distribution):
 
     @property
     def variance(self) -> Tensor:
-        """Pointwise variance, `(n_owned,)`, computed once.
+        """Pointwise variance, `(n_owned,)`: the square of `std`, or what the boundary leaves with `PlainVariance`. Collective.
 
-        Exact, by one solve for each unknown, up to 20,000 unknowns; beyond, the mean square of 1,000 draws, with a relative
-        standard deviation of 4.5 %. Collective.
+        With `PlainVariance` it is computed once, as `UniformVariance` describes.
         """
-        if self._variance is None:
-            exact = self.num_global <= EXACT_VARIANCE_LIMIT
-            self._variance = self._exact_variance() if exact else self._sampled_variance()
-        return self._variance
+        square = localise(torch.as_tensor(self.std, dtype=torch.float64), self.comm).square()
+        if isinstance(self._boundary, UniformVariance):
+            return square.expand(self.event_shape)
+        return square * (2.0 * self._statistics.log_sd(self._kappa)).exp()
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> MaternField:
         """Refused: draw batches with `rsample(sample_shape)`."""
         raise InvalidInput("A MaternField cannot be expanded; draw batches with rsample(sample_shape).")
+
+    def at(self, *, std: float | Tensor | None = None, length: float | Tensor | None = None) -> MaternField:
+        """The prior with other hyperparameters, on the same mesh, with the same mean; what it gives is differentiable in them.
+
+        A new length costs a factorisation with a known structure, of which the last few are kept. The first call with a length
+        also tabulates the deviations and the determinant, each when first needed, at some 18 lengths in `lengths`, from which
+        they are interpolated to a relative accuracy of 1e-7.
+
+        Args:
+            std: Number or tensor without axes, replicated; as it was where it is None.
+            length: Likewise, within `lengths`.
+
+        Returns:
+            A prior that shares solvers and tables with this one.
+
+        Raises:
+            InvalidInput: Where a hyperparameter is not positive, out of range, or differs between ranks.
+
+        MPI: Collective.
+
+        Example:
+            >>> length = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+            >>> prior.at(length=length).log_prob(m).backward()
+        """
+        new = copy.copy(self)
+        with raise_on_all(self.comm):
+            if std is not None:
+                new.std = _hyperparameter("std", std)
+            if length is not None:
+                new.length = _hyperparameter("length", length)
+                low, high = self.lengths
+                asked = positive("MaternField.at: length", _detached(length))
+                if not low * (1 - 1e-12) <= asked <= high * (1 + 1e-12):
+                    raise InvalidInput(
+                        f"MaternField.at: length is {asked:g}; this prior serves {low:g} to {high:g}. Build it with "
+                        "lengths=(shortest, longest)."
+                    )
+        given = all_values(self.comm, (float(_detached(new.std)), float(_detached(new.length))))
+        if any(other != given[0] for other in given):
+            raise InvalidInput(f"MaternField.at: (std, length) differ between ranks: {given}; they must be replicated.")
+        if length is not None:
+            if self._table is None:
+                self._table = new._table = AtAnyLength(self._base, self._kappas())
+            new._statistics = self._table
+        return new
 
     def white_noise(self, sample_shape: Any = ()) -> Tensor:
         """Standard normal field tensors `(*sample_shape, n_owned)` that do not depend on the partition.
@@ -147,12 +269,19 @@ class MaternField(Distribution):
     def unwhiten(self, xi: Tensor) -> Tensor:
         """m = mean + C^(1/2) xi for field tensors xi `(*batch, n_owned)`; differentiable. Collective."""
         self._check(xi, "xi")
-        return self._mean + self._apply(self._operator.solve, self._mass.sqrt() * xi) / self._tau
+        return self._mean + self._factor() * self._root.apply(self._kappa, xi)
 
     def whiten(self, m: Tensor) -> Tensor:
         """xi = C^(-1/2) (m - mean), the inverse of `unwhiten`; differentiable. Collective."""
         self._check(m, "m")
-        return self._apply(self._operator.multiply, m - self._mean) / self._mass.sqrt() * self._tau
+        return self._root.invert(self._kappa, (m - self._mean) / self._factor())
+
+    def multiply_covariance(self, x: Tensor) -> Tensor:
+        """C x for field tensors x `(*batch, n_owned)`; differentiable. Collective."""
+        self._check(x, "x")
+        spread = self._root.spread
+        half = self._root.apply(self._kappa, spread * self._factor() * x) / spread
+        return self._factor() * self._root.apply(self._kappa, half)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density with respect to the coefficients, `(*batch,)`, replicated; differentiable. Collective."""
@@ -160,12 +289,15 @@ class MaternField(Distribution):
         quadratic = self.all_sum(xi.square().sum(-1))
         return -0.5 * quadratic - 0.5 * self.num_global * math.log(2 * math.pi) - self.whitening_logdet
 
-    @cached_property
+    @property
     def whitening_logdet(self) -> Tensor:
-        """log |det C^(1/2)|, replicated. Collective when first asked for."""
-        mass = float(self.all_sum(self._mass.log().sum()))
-        value = 0.5 * mass - self._operator.logdet() - self.num_global * math.log(self._tau)
-        return torch.tensor(value, dtype=torch.float64)
+        """log |det C^(1/2)|, replicated; differentiable in the hyperparameters. Collective.
+
+        Raises:
+            SolveFailed: Where the solver is no factorisation by MUMPS.
+        """
+        factor = torch.as_tensor(self._factor(), dtype=torch.float64).log().expand(self.event_shape)
+        return self._statistics.logdet(self._kappa) + self.all_sum(factor.sum())
 
     def all_sum(self, x: Tensor) -> Tensor:
         """Sum over ranks; see `fem_vi.all_sum`."""
@@ -192,33 +324,51 @@ class MaternField(Distribution):
         write_fields(path, self.V, fields)
 
     def precision(self, rings: int) -> scipy.sparse.csc_matrix:
-        """A sparse precision matrix over the nodes, replicated, in the order of `gather`.
+        """A sparse precision matrix over the nodes, replicated, in the order of `gather`; for alpha = 2, without gradients.
 
         Args:
-            rings: 2 for this field's own, tau^2 K D^-1 K, whose entries reach from each node to the neighbours of its
-                neighbours; 1 for c K on the neighbours, with c such that the determinants agree: a rougher field.
+            rings: 2 for this field's own, W K D^-1 K W with a diagonal W, whose entries reach from each node to the neighbours of
+                its neighbours; 1 for c W K W on the neighbours, with c such that the determinants agree: a rougher field.
+
+        Raises:
+            InvalidInput: For any other alpha, whose precision is not sparse or reaches further.
 
         MPI: Collective.
         """
-        parts = all_values(self.comm, self._operator.owned_rows())
+        if self.alpha != 2.0:
+            raise InvalidInput(
+                f"MaternField.precision: alpha is {self.alpha:g}; the precision is sparse where it is 2. Give the family one."
+            )
+        own, w = self._root.sparse_root(float(_detached(self.kappa)))
+        parts = all_values(self.comm, own)
         blocks = [
             scipy.sparse.csr_matrix((values, columns, starts), shape=(len(starts) - 1, self.num_global))
             for starts, columns, values in parts
         ]
         order = self._file_order().numpy()
-        K = scipy.sparse.vstack(blocks, format="csr")[order][:, order].tocsc()
-        if rings == 1:
-            return K * math.exp((-2.0 * float(self.whitening_logdet) - self._operator.logdet()) / self.num_global)
-        mass = self.gather(self._mass).numpy()
-        return (self._tau**2 * (K @ scipy.sparse.diags(1.0 / mass) @ K)).tocsc()
+        weights = self.gather((w / self._factor()).detach()).numpy()
+        K = scipy.sparse.vstack(blocks, format="csr")[order][:, order] @ scipy.sparse.diags(weights)
+        mass = self.gather(self._root.mass).numpy()
+        exact = (K.T @ scipy.sparse.diags(1.0 / mass) @ K).tocsc()
+        if rings == 2:
+            return exact
+        rough = (scipy.sparse.diags(weights) @ K).tocsc()
+        # 2 log det(D^-1/2 K W) is that of the precision, and log det(W K W) = log det(D^-1/2 K W) + (log det D) / 2 + log det W.
+        logdet = -float(self.whitening_logdet) + 0.5 * np.log(mass).sum() + np.log(weights).sum()
+        return rough * math.exp((-2.0 * float(self.whitening_logdet) - logdet) / self.num_global)
 
-    def _apply(self, symmetric: Callable[[Array], Array], x: Tensor) -> Tensor:
-        """A symmetric matrix, its own adjoint, times field tensors with any batch axes."""
+    @property
+    def _kappa(self) -> Tensor:
+        return torch.as_tensor(self.kappa, dtype=torch.float64)
 
-        def rows(values: Tensor) -> Tensor:
-            return torch.from_numpy(symmetric(as_numpy(_rows(values)))).reshape(values.shape)
+    def _kappas(self) -> tuple[float, float]:
+        low, high = (math.sqrt(2 * self.nu) / length for length in self.lengths)
+        return high, low
 
-        return apply_linear(rows, rows, x)
+    def _factor(self) -> Tensor:
+        """What R xi is multiplied by at each node: std / s, or std."""
+        std = self.localise(torch.as_tensor(self.std, dtype=torch.float64))
+        return std * (-self._statistics.log_sd(self._kappa)).exp() if isinstance(self._boundary, UniformVariance) else std
 
     def _file_order(self) -> Tensor:
         if self._order is None:
@@ -235,35 +385,57 @@ class MaternField(Distribution):
         if any(batch != batches[0] for batch in batches):
             raise InvalidInput(f"MaternField: the batch axes of {name} differ between ranks: {batches}.")
 
-    def _exact_variance(self) -> Tensor:
-        """Row norms of C^(1/2): unit vectors of all ranks, a block at a time."""
-        total = torch.zeros(self.event_shape, dtype=torch.float64)
-        first, last = owned_range(self.V)
-        with torch.no_grad():
-            for start in range(0, self.num_global, 256):
-                columns = torch.arange(start, min(start + 256, self.num_global))
-                unit = (columns[:, None] == torch.arange(first, last)[None, :]).to(torch.float64)
-                total += (self.unwhiten(unit) - self._mean).square().sum(0)
-        return total
 
-    def _sampled_variance(self) -> Tensor:
-        total = torch.zeros(self.event_shape, dtype=torch.float64)
-        with torch.no_grad():
-            for block in range(20):
-                xi = torch.from_numpy(standard_normal(1 + block, 50, self._names))
-                total += (self.unwhiten(xi) - self._mean).square().sum(0)
-        return total / 1000
+def _number(name: str, value: float | Tensor) -> float:
+    """A positive number whose gradient nobody expects."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise InvalidInput(f"MaternField: {name} requires a gradient. Build it with a number, then take prior.at({name}=...).")
+    return positive(f"MaternField: {name}", value)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """All batch axes as one (counted, since a rank may own no entries)."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+def _hyperparameter(name: str, value: float | Tensor) -> float | Tensor:
+    number = positive(f"MaternField.at: {name}", _detached(value))
+    return value.to(torch.float64) if isinstance(value, Tensor) else number
 
 
-def _check_parameters(std: float, length: float, mean: float | Tensor, size: int) -> None:
-    positive("MaternField: std", std)
-    positive("MaternField: length", length)
-    if isinstance(mean, Tensor) and tuple(mean.shape) not in ((), (size,)):
+def _detached(value: float | Tensor) -> float | Tensor:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _smoothness(alpha: float, dimension: int) -> float:
+    nu = positive("MaternField: alpha", alpha) - dimension / 2
+    if not 0.0 < nu <= 8.0:
         raise InvalidInput(
-            f"MaternField: mean has shape {tuple(mean.shape)}; it must be a number or have shape {(size,)} (owned)."
+            f"MaternField: alpha is {alpha:g}, so that nu = alpha - {dimension} / 2 = {nu:g}; it must be positive (else the "
+            f"field has no pointwise variance) and at most 8. Take alpha above {dimension / 2:g}, such as 2."
         )
+    return nu
+
+
+def _check_mean(mean: float | Tensor, size: int) -> None:
+    fits = tuple(mean.shape) in ((), (size,)) if isinstance(mean, Tensor) else is_number(mean)
+    if not fits:
+        given = f"has shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"is {mean!r:.80}"
+        raise InvalidInput(f"MaternField: mean {given}; it must be a number or have shape {(size,)} (owned).")
+
+
+def _checked_range(lengths: tuple[float, float] | None, length: float) -> tuple[float, float]:
+    low, high = (length / 4.0, length * 4.0) if lengths is None else (positive("MaternField: lengths", x) for x in lengths)
+    if not low < high:
+        raise InvalidInput(f"MaternField: lengths is {lengths}; it must be (shortest, longest).")
+    return float(low), float(high)
+
+
+def _checked_metric(metric: Any, mesh: Any) -> Any:
+    """The metric as a UFL tensor, or None."""
+    if metric is None:
+        return None
+    d = mesh.geometry.dim
+    if isinstance(metric, ufl.core.expr.Expr):
+        if metric.ufl_shape != (d, d):
+            raise InvalidInput(f"MaternField: metric has shape {metric.ufl_shape}; it must be {(d, d)}.")
+        return metric
+    array = np.asarray(metric, dtype=np.float64)
+    if array.shape != (d, d) or not np.allclose(array, array.T) or not np.linalg.eigvalsh(array).min() > 0.0:
+        raise InvalidInput(f"MaternField: metric is {array.tolist()}; it must be a symmetric positive definite {d} x {d} matrix.")
+    return ufl.as_matrix(array.tolist())
