@@ -13,7 +13,7 @@ from fem_vi.bridge.call import Call
 from fem_vi.bridge.logdet import ExactLogdet, LogdetEstimate, LogdetMethod, StochasticLogdet, create_logdet
 from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.bridge.precondition import PreconditionedResidual
-from fem_vi.bridge.rows import RowChooser, sample_rows
+from fem_vi.bridge.rows import RowChooser, RowSampler
 from fem_vi.bridge.solution_units import SolutionUnits
 from fem_vi.bridge.weighted import WeightedResidual
 from fem_vi.errors import InvalidInput
@@ -118,7 +118,7 @@ class Residual:
             >>> r = residual(u, m, rows=residual.sample_rows(64))
             >>> loss = fem_vi.all_sum(r.square().sum(-1), mesh.comm)
         """
-        return sample_rows(self.pde, count)
+        return self._sampler.draw(count)
 
     def precondition(self, *, reference: Tensor | Sequence[Tensor] = (), state: Tensor | None = None) -> PreconditionedResidual:
         """The residual times A0^-1, where A0 = dr/du at a reference, factorised now and kept.
@@ -202,6 +202,10 @@ class Residual:
     @cached_property
     def _logdets(self) -> dict[LogdetMethod, Any]:
         return {}
+
+    @cached_property
+    def _sampler(self) -> RowSampler:
+        return RowSampler(self.pde)
 
     @cached_property
     def _chooser(self) -> RowChooser:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all, shared_seed
 from fem_vi.pde.inputs import Array
-from fem_vi.pde.kernels import AssembledResidual
+from fem_vi.pde.kernels import AssembledResidual, BatchKernel
 from fem_vi.pde.region import Region
 from fem_vi.pde.weak_form import WeakForm
 
@@ -91,10 +91,10 @@ class RowChooser:
     MPI: Collective.
     """
 
-    def __init__(self, pde: WeakForm, create: Any) -> None:
+    def __init__(self, pde: WeakForm, create: Callable[[WeakForm, BatchKernel], BatchedResidual]) -> None:
         self._pde = pde
         self._region = Region(pde.form, pde.space)
-        self._whole: BatchedResidual = create(pde, AssembledResidual(pde, self._region))
+        self._whole = create(pde, AssembledResidual(pde, self._region))
 
     def at(self, rows: object) -> RowsResidual:
         """The residual in some rows; see `Residual.__call__`. Collective."""
@@ -122,16 +122,28 @@ def _checked(rows: object, size: int) -> RowNumbers:
     return chosen.astype(np.int64)
 
 
-def sample_rows(pde: WeakForm, count: int) -> Tensor:
-    """See `Residual.sample_rows`. Collective."""
-    with raise_on_all(pde.comm):
-        count = whole("count", count, least=1)
-    free = np.setdiff1d(np.arange(pde.unknown.size), pde.boundary.owned)
-    counts = all_values(pde.comm, int(free.size))
-    if count > sum(counts):
-        raise InvalidInput(f"count is {count}; there are {sum(counts)} rows without a prescribed value.")
-    seed = shared_seed(pde.comm, int(torch.randint(2**62, ()).item()))
-    chosen = np.random.default_rng(seed).choice(sum(counts), count, replace=False)
-    first = sum(counts[: pde.comm.rank])
-    own = chosen[(chosen >= first) & (chosen < first + free.size)] - first
-    return torch.from_numpy(np.sort(free[own]).astype(np.int64))
+class RowSampler:
+    """Draws rows from those of all ranks where nothing is prescribed, without repetition; see `Residual.sample_rows`.
+
+    Args:
+        pde: The weak form.
+
+    MPI: Collective.
+    """
+
+    def __init__(self, pde: WeakForm) -> None:
+        self._comm = pde.comm
+        self._free = np.setdiff1d(np.arange(pde.unknown.size), pde.boundary.owned)
+        counts = all_values(pde.comm, int(self._free.size))
+        self._first, self._total = sum(counts[: pde.comm.rank]), sum(counts)
+
+    def draw(self, count: int) -> Tensor:
+        """This rank's rows of a draw, sorted. Collective."""
+        with raise_on_all(self._comm):
+            count = whole("count", count, least=1)
+            if count > self._total:
+                raise InvalidInput(f"count is {count}; there are {self._total} rows without a prescribed value.")
+        seed = shared_seed(self._comm, int(torch.randint(2**62, ()).item()))
+        chosen = np.random.default_rng(seed).choice(self._total, count, replace=False) - self._first
+        own = chosen[(chosen >= 0) & (chosen < self._free.size)]
+        return torch.from_numpy(np.sort(self._free[own]).astype(np.int64))

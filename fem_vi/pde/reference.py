@@ -61,7 +61,7 @@ class ReferenceJacobian:
         options.warn_unused()
 
     def solve(self, r: Array) -> Array:
-        """A0^-1 r for each row, all at once with a direct method.
+        """A0^-1 r for each row, with a direct method all at once.
 
         Args:
             r: Owned entries, `(num, n_owned)`.
@@ -83,7 +83,7 @@ class ReferenceJacobian:
         return self._solve(right, transposed=False)
 
     def solve_transposed(self, g: Array) -> Array:
-        """A0^-T g for each row; as `solve`. Collective."""
+        """A0^-T g for each row; as `solve`, but one row after another with LU before PETSc 3.25. Collective."""
         right = g.copy()
         right[:, self._owned] = 0.0
         y = self._solve(right, transposed=True)

@@ -14,6 +14,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 import fem_vi
+from fem_vi.pde.region import find_entities
 from tests.bridge.test_operators import fields_of, leaves
 from tests.helpers import CASES, Case, paired, square
 
@@ -132,6 +133,12 @@ def test_rows_of_tagged_integrals() -> None:
     assert torch.allclose(part, full, rtol=1e-12, atol=1e-14)
     (a,), (b,) = (torch.autograd.grad(r.square().sum(), u) for r in (part, full))
     assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_other_integrals_are_refused() -> None:
+    V = fem.functionspace(square(MPI.COMM_SELF), ("Lagrange", 1))
+    with pytest.raises(fem_vi.UnsupportedForm, match=r"kind vertex.*cells"):
+        find_entities(fem.Function(V) * ufl.TestFunction(V) * ufl.dP)
 
 
 def test_nothing_is_compiled_for_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
