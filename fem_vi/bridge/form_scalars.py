@@ -160,7 +160,7 @@ class Scalars:
         when = self._without_test(condition, (), free, expr)
         a, b = self._value(yes, component, free), self._value(no, component, free)
         if not isinstance(a, dict) and not isinstance(b, dict):
-            return self._graph.apply("where", when, a, b)
+            return self._graph.choice(when, a, b)
         if any(not isinstance(x, dict) and x != self._graph.zero for x in (a, b)):
             raise UnsupportedForm(
                 "the form is not linear in its test function: one branch of a Conditional has it, the other not."
@@ -168,8 +168,7 @@ class Scalars:
         first, second = (x if isinstance(x, dict) else {} for x in (a, b))
         zero = self._graph.zero
         return {
-            key: self._graph.apply("where", when, first.get(key, zero), second.get(key, zero))
-            for key in dict.fromkeys([*first, *second])
+            key: self._graph.choice(when, first.get(key, zero), second.get(key, zero)) for key in dict.fromkeys([*first, *second])
         }
 
     def _variable(self, expr: Any, component: Component, free: Mapping[int, int]) -> Value:

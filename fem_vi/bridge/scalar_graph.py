@@ -12,6 +12,10 @@ import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
+_HARMLESS = {"reciprocal": 1.0, "sqrt": 1.0, "log": 1.0, "power": 1.0, "pow": 1.0, "atan2": 1.0}
+_HARMLESS |= {"exp": 0.0, "sinh": 0.0, "cosh": 0.0, "tan": 0.0, "acos": 0.0, "asin": 0.0}
+"""Operations whose values or slopes can be infinite, and an operand where they are not."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -139,6 +143,28 @@ class ScalarGraph:
         if value == -1.0:
             return self.quotient(self.one, base)
         return self.apply("sqrt", base) if value == 0.5 else self.apply("power", base, data=value)
+
+    def choice(self, when: int, yes: int, no: int) -> int:
+        """One node or another, such that the gradient of the one that is not taken does no harm.
+
+        Where it is infinite, zero times it is not a number: ln(x) where x > 0, zero elsewhere, has no gradient at x = 0 in
+        reverse mode. Operations that can do that get a harmless operand where they are not taken.
+        """
+        return self.apply("where", when, self._guarded(yes, when, True, {}), self._guarded(no, when, False, {}))
+
+    def _guarded(self, k: int, when: int, taken: bool, known: dict[int, int]) -> int:
+        node = self.nodes[k]
+        if not node.args or k == when:
+            return k
+        if k not in known:
+            args = [self._guarded(arg, when, taken, known) for arg in node.args]
+            if node.op in _HARMLESS:
+                safe = self.number(_HARMLESS[node.op])
+                position = 1 if node.op == "atan2" else 0
+                args[position] = self.apply("where", when, *((args[position], safe) if taken else (safe, args[position])))
+            changed = tuple(args) != node.args
+            known[k] = self.apply(node.op, *args, data=node.data) if changed else k
+        return known[k]
 
     def integral(self, k: int) -> int:
         """The weighted sum over the quadrature points."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from fem_vi.bridge.ghosts import Ghosts
 from fem_vi.bridge.layout import localise
 from fem_vi.bridge.torch_form import Compiled, compile_form
-from fem_vi.bridge.torch_residual import Given, Plan, Prescribed, TorchResidual, assemble, check_device
+from fem_vi.bridge.torch_plan import Given, Plan, Prescribed
+from fem_vi.bridge.torch_residual import TorchResidual, assemble, check_device
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all
 from fem_vi.pde.inputs import FrozenMesh, FunctionInput, local_size
@@ -26,8 +27,6 @@ class TorchKernel:
     machine without FEniCSx by `export_residual`. It takes integrals over cells, exterior and interior facets of meshes of one
     kind of cell (intervals, triangles, quadrilaterals, tetrahedra, hexahedra, straight or curved), elements of basix, Constants,
     and `coordinates(mesh)`. It looks at no values: what is not finite goes through, as in torch's own functions.
-
-    A Conditional is `torch.where`: where the branch that is not taken has an infinite derivative, the gradient is NaN.
 
     Args:
         device: Where it lies; the tensors of a call must lie there too.

@@ -57,7 +57,7 @@ class Read:
         table: Buffer `(rows, num_dofs)`, or `(num_variants, rows, num_dofs)`.
         variants: Buffer `(num_entities,)` that says which variant; empty for none.
         orientation: Buffers of the transformations of the cells' basis functions; see `oriented`.
-        rows: Ranges of rows.
+        rows: Ranges of rows, one after the other.
     """
 
     gather: int
@@ -213,7 +213,7 @@ class Part:
             values = torch.matmul(table[self._buffers[read.variants][self._range]], x.transpose(0, 1)).transpose(0, 1)
         else:
             values = torch.matmul(table, x.flatten(1)).unflatten(1, x.shape[1:])
-        return [values[start:stop] for start, stop in read.rows]
+        return list(values.split([stop - start for start, stop in read.rows]))
 
     def _step(self, step: Step, operands: Sequence[Tensor]) -> Tensor:
         if step.op == "integral":

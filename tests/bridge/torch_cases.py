@@ -44,6 +44,22 @@ def algebra(comm: MPI.Comm) -> Case:
     return make_case(F, u, [m, c], [fem.dirichletbc(0.3, boundary_dofs(V, everywhere), V)], [0.5, 0.2], u_scale=0.7)
 
 
+def choices(comm: MPI.Comm) -> Case:
+    """Conditionals whose other branch has no finite value or slope where it is not taken, nested, in the test function, too."""
+    msh = square(comm, 3)
+    V = fem.functionspace(msh, ("Lagrange", 1))
+    u, m, v = fem.Function(V), fem.Function(V, name="m"), ufl.TestFunction(V)
+    x = ufl.SpatialCoordinate(msh)
+    root = ufl.conditional(ufl.gt(u, 0.05), ufl.sqrt(u - 0.05) + (u - 0.05) ** 0.7, u * m)
+    wave = ufl.conditional(
+        ufl.le(m, 0.0), ufl.exp(-1 / m**2) * u, ufl.conditional(ufl.lt(m, 0.2), m**2, m * ufl.ln(m - 0.1) + u / m)
+    )
+    place = ufl.conditional(ufl.lt(x[0], 0.5), u * ufl.ln(0.5 - x[0]), u * ufl.sqrt(x[0] - 0.5) * ufl.acos(m / 2))
+    F = (root + wave + place) * v * ufl.dx(degree=3)
+    F += ufl.conditional(ufl.gt(u, 0.0), u ** (m + 1) * v, ufl.inner(ufl.grad(u), ufl.grad(v))) * ufl.dx(degree=3)
+    return make_case(F, u, [m], [], [0.6])
+
+
 def schemes(comm: MPI.Comm) -> Case:
     """Quadrature at vertices, a fixed field at quadrature points, Gauss-Lobatto points, a symmetric tensor field."""
     msh = square(comm, 3, mesh.CellType.quadrilateral)
@@ -61,6 +77,7 @@ def schemes(comm: MPI.Comm) -> Case:
 TORCH_CASES: dict[str, Build] = {
     "curved_facets": curved_facets,
     "algebra": algebra,
+    "choices": choices,
     "schemes": schemes,
     "moving_mesh": CASES["moving_mesh"],
 }
