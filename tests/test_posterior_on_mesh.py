@@ -432,6 +432,25 @@ def test_laplace_of_a_nonlinear_problem() -> None:
     torch.testing.assert_close(ours().variance.detach(), rows().variance.detach(), rtol=1e-3, atol=0.0)
 
 
+@pytest.mark.mpi
+def test_laplace_through_time_steps_takes_adjoints_only() -> None:
+    V = fem.functionspace(mesh.create_unit_square(COMM, 5, 5), ("Lagrange", 1))
+    u, u_n, m, v = fem.Function(V), fem.Function(V), fem.Function(V), ufl.TestFunction(V)
+    F = (u - u_n) / 0.1 * v * ufl.dx + ufl.exp(m) * ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx - v * ufl.dx
+    bc = fem.dirichletbc(0.0, boundary_dofs(V, left), V)
+    evolve = fem_vi.Evolve(fem_vi.WeakForm(F, state=u, inputs=[m], bcs=[bc]), previous=u_n, num_steps=3)
+    observe = fem_vi.PointObservation(V, SENSORS[:6])
+    prior = fem_vi.MaternField(V, std=1.0, length=0.5)
+    rest = torch.zeros(prior.event_shape, dtype=F64)
+    y = torch.from_numpy(0.1 + 0.1 * SENSORS[:6, 0])
+    problem = fem_vi.InverseProblem(prior, lambda m: observe(evolve(rest, m)[..., -1, :]), fem_vi.GaussianNoise(0.01), y)
+    report = fem_vi.laplace(problem, mode=fem_vi.GaussNewton()).report
+    assert report.search.converged
+    assert len(report.eigenvalues) == 6
+    with pytest.raises(fem_vi.UnsupportedDerivative, match=r"GaussNewton\(\) takes adjoints only"):
+        fem_vi.laplace(problem)
+
+
 # Sparse precision
 
 

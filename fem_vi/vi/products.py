@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap  # type: ignore[attr-defined]
 
+from fem_vi.errors import UnsupportedDerivative
 from fem_vi.vi.problem import Cost, InverseProblem
 
 
@@ -82,7 +83,8 @@ class GaussNewtonProducts:
         self._problem = problem
         self.xi = xi.detach()
         with torch.enable_grad():
-            (residual, log_likelihood), pull = vjp(self._model, self.xi)
+            values, pull, *_ = vjp(self._model, self.xi)
+            residual, log_likelihood = values
         no_residual, none = torch.zeros_like(residual), torch.zeros_like(log_likelihood)
 
         def pullback(w: Tensor) -> Tensor:
@@ -116,6 +118,9 @@ class GaussNewtonProducts:
 
         Returns:
             `(num_data,)` or `(k, num_data)`, replicated.
+
+        Raises:
+            UnsupportedDerivative: Where the forward map is differentiable once only, as `Evolve` is.
         """
         if self._pushforward is None:
             with torch.enable_grad():
@@ -123,7 +128,12 @@ class GaussNewtonProducts:
             self._problem.cost.backward += 1  # the pullback, evaluated to be differentiated
             self._pushforward = lambda row: push(row)[0]
         self._problem.cost.forward += 1 if v.ndim == 1 else len(v)
-        return _rows(self._pushforward, v)
+        try:
+            return _rows(self._pushforward, v)
+        except UnsupportedDerivative as error:
+            raise UnsupportedDerivative(
+                f"{error} NewtonCG needs products with the derivative of the predictions; GaussNewton() takes adjoints only."
+            ) from error
 
     def adjoint(self, w: Tensor) -> Tensor:
         """J' w.

@@ -317,7 +317,9 @@ def test_mixture_is_its_density():
     torch.testing.assert_close(q.log_prob(m).exp(), w @ parts)
     torch.manual_seed(0)
     draws = q.rsample((20000,))
+    torch.testing.assert_close(q.variance, draws.var(0), rtol=0.05, atol=0.0)
     exact = w @ torch.stack([component().mean for component in posterior.components])
+    torch.testing.assert_close(q.mean, exact)
     assert bool(((draws.mean(0) - exact).abs() < 4 * draws.std(0) / 20000**0.5).all())
     assert q.rsample((2, 3)).shape == (2, 3, 2)
 

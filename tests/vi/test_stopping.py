@@ -98,8 +98,7 @@ class Spoiler:
         return f"Spoiler({self.turn})"
 
 
-@pytest.mark.mpi
-def test_keeps_the_best(tmp_path):
+def test_keeps_the_best():
     arguments = {"steps": 100, "start": PresentParameters(), "optimizer": Adam(lr=0.02), "schedule": Constant()}
     kept = {}
     for keep in (Last(), Best(window=10)):
@@ -116,24 +115,24 @@ def test_keeps_the_best(tmp_path):
 
 @pytest.mark.mpi
 def test_the_best_survives_an_interruption(tmp_path):
-    arguments = {"steps": 40, "start": PresentParameters(), "optimizer": Adam(lr=0.05), "keep": Best(window=5), "seed": 2}
+    arguments = {"steps": 14, "start": PresentParameters(), "optimizer": Adam(lr=0.05), "keep": Best(window=3), "seed": 2}
 
     def fitted(**options):
         problem, _ = split_pair()
         return fit(problem, MeanFieldNormal(problem.prior), ELBO(samples=4), **arguments, **options)
 
     def stop(row):
-        if row.step == 33:
+        if row.step == 11:
             raise KeyboardInterrupt
 
     whole = fitted()
     with pytest.raises(KeyboardInterrupt):
-        fitted(path=tmp_path / "run", checkpoint_every=7, callbacks=[stop])
+        fitted(path=tmp_path / "run", checkpoint_every=4, callbacks=[stop])
     COMM.barrier()
     resumed = fitted(path=tmp_path / "run", resume=True)
     assert torch.equal(resumed.posterior.mu, whole.posterior.mu)
     assert torch.equal(resumed.posterior.log_scale, whole.posterior.log_scale)
-    with pytest.raises(RunFolderError, match=r"keep Best\(window=5\).*Last"):
+    with pytest.raises(RunFolderError, match=r"keep Best\(window=3\).*Last"):
         arguments["keep"] = Last()
         fitted(path=tmp_path / "run", resume=True)
 

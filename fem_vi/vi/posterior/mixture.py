@@ -29,6 +29,21 @@ class MixtureDistribution(SampledDistribution):
         self.components = tuple(components)
         self.log_weights = log_weights
 
+    @property
+    def mean(self) -> Tensor:
+        """Mean of m, `(n_owned,)`: that of the components' means."""
+        return self._average([q.mean for q in self.components])
+
+    @property
+    def variance(self) -> Tensor:
+        """Pointwise variance of m, `(n_owned,)`: the components' variances, and how far their means lie apart."""
+        mean = self.mean
+        return self._average([q.variance + (q.mean - mean).square() for q in self.components])
+
+    def _average(self, fields: Sequence[Tensor]) -> Tensor:
+        """The weighted mean of a field of each component."""
+        return self.prior.localise(self.log_weights.exp()) @ torch.stack(list(fields))
+
     def rsample_whitened(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         """Draws of xi, `(*sample_shape, n_owned)`, each from one component; they carry no gradient of the weights."""
         generator = torch.Generator().manual_seed(shared_seed(self.prior.comm, int(torch.randint(2**62, ()))))
