@@ -50,6 +50,8 @@ from .vi.diagnostics import diagnose as diagnose
 from .vi.fit import fit as fit
 from .vi.importance import Corrected as Corrected
 from .vi.importance import corrected_moments as corrected_moments
+from .vi.joint import Joint as Joint
+from .vi.joint import JointVector as JointVector
 from .vi.likelihood import GaussianNoise as GaussianNoise
 from .vi.mcmc.chain_report import ChainReport as ChainReport
 from .vi.mcmc.chains import sample as sample
