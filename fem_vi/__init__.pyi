@@ -92,6 +92,8 @@ from .vi.field_transform import TransformedField as TransformedField
 from .vi.fit import fit as fit
 from .vi.importance import Corrected as Corrected
 from .vi.importance import corrected_moments as corrected_moments
+from .vi.joint import Joint as Joint
+from .vi.joint import JointVector as JointVector
 from .vi.laplace import LaplaceNormal as LaplaceNormal
 from .vi.laplace import LaplaceReport as LaplaceReport
 from .vi.laplace import laplace as laplace
