@@ -35,11 +35,13 @@ def inversion(comm: MPI.Comm, n: int, std: float) -> fem_vi.InverseProblem:
     return fem_vi.InverseProblem(prior, lambda m: observe(solve(m)), fem_vi.GaussianNoise(std), torch.from_numpy(heads))
 
 
-@pytest.mark.mpi
-def test_divergence_misfit_and_statistics_converge() -> None:
+@pytest.mark.parametrize(
+    "comm", [MPI.COMM_SELF, pytest.param(COMM, marks=[pytest.mark.mpi, pytest.mark.long])], ids=["one rank", "all ranks"]
+)
+def test_divergence_misfit_and_statistics_converge(comm: MPI.Comm) -> None:
     rows = []
     for n in (8, 16, 32):
-        problem = inversion(COMM, n, 0.05)
+        problem = inversion(comm, n, 0.05)
         torch.manual_seed(0)
         q = fem_vi.LowRankNormal(problem.prior, rank=9)
         fem_vi.GaussNewton()(problem, q)
