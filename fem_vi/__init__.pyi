@@ -70,9 +70,9 @@ from .vi.correlated_noise import CorrelatedNoise as CorrelatedNoise
 from .vi.correlated_noise import LowRankNoise as LowRankNoise
 from .vi.diagnostics import Diagnosis as Diagnosis
 from .vi.diagnostics import diagnose as diagnose
+from .vi.discrepancy import MMD as MMD
 from .vi.discrepancy import EnergyKernel as EnergyKernel
 from .vi.discrepancy import GaussianKernel as GaussianKernel
-from .vi.discrepancy import MMD as MMD
 from .vi.discrepancy import SlicedWasserstein as SlicedWasserstein
 from .vi.discrepancy import mmd_squared as mmd_squared
 from .vi.discrepancy import sliced_wasserstein as sliced_wasserstein
@@ -114,8 +114,8 @@ from .vi.mcmc.warm_up import LearnDiagonal as LearnDiagonal
 from .vi.minibatch import MinibatchProblem as MinibatchProblem
 from .vi.multiplicative_noise import MultiplicativeNoise as MultiplicativeNoise
 from .vi.natural import NaturalGradient as NaturalGradient
-from .vi.objective import AnalyticKL as AnalyticKL
 from .vi.objective import ELBO as ELBO
+from .vi.objective import AnalyticKL as AnalyticKL
 from .vi.objective import PathDerivative as PathDerivative
 from .vi.objective import TotalDerivative as TotalDerivative
 from .vi.posterior.flow import FastDensity as FastDensity

@@ -155,6 +155,9 @@ class MaternField(Distribution):
             self.lengths = _checked_range(lengths, length)
             if positive("MaternField: tolerance", tolerance) < LEAST_TOLERANCE:
                 raise InvalidInput(f"MaternField: tolerance is {tolerance:g}; it must be at least {LEAST_TOLERANCE:g}.")
+        given = all_values(self.comm, (float(std), float(length), float(alpha)))
+        if any(other != given[0] for other in given):
+            raise InvalidInput(f"MaternField: (std, length, alpha) differ between ranks: {given}; they must be the same.")
         self.V, self.alpha = V, float(alpha)
         self.num_global = num_global(V)
         self._boundary = variance
@@ -175,7 +178,8 @@ class MaternField(Distribution):
         self._order: Tensor | None = None
         super().__init__(torch.Size(), torch.Size([num_owned(V)]), validate_args=False)
         self._level = None if isinstance(mean, Tensor) and mean.ndim > 0 else float(mean)
-        self._mean = torch.as_tensor(mean, dtype=torch.float64).expand(self.event_shape)
+        level = torch.as_tensor(mean, dtype=torch.float64)
+        self._mean = (localise(level, self.comm) if level.ndim == 0 else level).expand(self.event_shape)
 
     def __repr__(self) -> str:
         mean = f", mean={self._level:g}" if self._level is not None else ", mean=<field>"
@@ -417,6 +421,8 @@ def _check_mean(mean: float | Tensor, size: int) -> None:
     if not fits:
         given = f"has shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"is {mean!r:.80}"
         raise InvalidInput(f"MaternField: mean {given}; it must be a number or have shape {(size,)} (owned).")
+    if not bool(torch.isfinite(torch.as_tensor(mean)).all()):
+        raise InvalidInput("MaternField: mean is not finite.")
 
 
 def _checked_range(lengths: tuple[float, float] | None, length: float) -> tuple[float, float]:

@@ -186,8 +186,10 @@ class BatchedOperator(ABC):
                     given.check_cells()
 
     def call(self, inputs: Sequence[Tensor]) -> Call:
-        """The plan of a call whose inputs have been checked; its samples may be differentiated."""
-        return Call(next(_calls), *plan(self._name, inputs, self.inputs), keep=True)
+        """The plan of a call whose inputs have been checked, each by itself; its samples may be differentiated. Collective."""
+        batch, rows = plan(self._name, inputs, self.inputs)
+        self._check_ranks(batch, inputs)
+        return Call(next(_calls), batch, rows, keep=True)
 
     def _check_finite(self, out: Array) -> None:
         """Refuse outputs, `(num_samples, n_out)`, that are not finite. Collective."""

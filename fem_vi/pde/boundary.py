@@ -12,7 +12,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from fem_vi.errors import InvalidInput
-from fem_vi.parallel import any_rank, sum_over_ranks
+from fem_vi.parallel import any_rank, raise_on_all, sum_over_ranks
 from fem_vi.pde import _compat
 from fem_vi.pde.inputs import Array, ConstantInput, FunctionInput, Input, local_size
 
@@ -87,8 +87,9 @@ class Boundary:
     def __init__(self, space: Any, bcs: Sequence[fem.DirichletBC], inputs: Sequence[Input]) -> None:
         owned, total = local_size(space)
         self.bcs = list(bcs)
-        for number, bc in enumerate(self.bcs):
-            _check_condition(space, bc, number)
+        with raise_on_all(space.mesh.comm):
+            for number, bc in enumerate(self.bcs):
+                _check_condition(space, bc, number)
         last = np.full(total, -1, dtype=np.int32)
         for number, bc in enumerate(self.bcs):
             last[bc.dof_indices()[0]] = number
@@ -109,13 +110,12 @@ class Boundary:
         owned, _ = local_size(space)
         sources = []
         for number, bc in enumerate(self.bcs):
-            dofs = bc.dof_indices()[0]
-            counts = last[dofs] == number
-            num_owned = int((dofs[counts] < owned).sum())  # not DOLFINx's count: wrong for blocked spaces before 0.10
+            dofs = np.unique(bc.dof_indices()[0])  # a caller's list may have a corner twice
+            dofs = dofs[last[dofs] == number]
+            num_owned = int((dofs < owned).sum())  # not DOLFINx's count: wrong for blocked spaces before 0.10
             for position, given in enumerate(inputs):
                 if _is_input(bc, [given]):
-                    entries = _entries(space, bc, given, dofs)
-                    sources.append(Source(given, position, dofs[counts], entries[counts], num_owned))
+                    sources.append(Source(given, position, dofs, _entries(space, bc, given, dofs), num_owned))
         return sources
 
     def apply(self, x: Array) -> None:
@@ -159,6 +159,8 @@ def _check_condition(space: Any, bc: object, number: int) -> None:
         raise InvalidInput(
             f"bcs[{number}] is a condition on another function space than the state's; build it on the state's space."
         )
+    if space.mesh.comm.size > 1 and np.any(np.diff(bc.dof_indices()[0]) < 0):
+        raise InvalidInput(f"bcs[{number}] has dofs that are not sorted, which DOLFINx wants on several ranks; take numpy.unique.")
 
 
 def _entries(space: Any, bc: fem.DirichletBC, given: Input, dofs: Dofs) -> Dofs:

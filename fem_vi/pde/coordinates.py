@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import ufl
 from dolfinx import fem
+from ufl import classes
+from ufl.algorithms.analysis import extract_type
 
-from fem_vi.errors import InvalidInput
+from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde import _compat
 from fem_vi.pde.inputs import Array, FunctionInput
 from fem_vi.pde.mesh_check import jacobians, sample_points, signed_volumes
@@ -37,6 +39,8 @@ def coordinates(mesh: Any) -> Coordinates:
 
     Raises:
         InvalidInput: For other meshes.
+        UnsupportedForm: By `WeakForm` and `Functional`, for a form with a diameter or an edge length of cells (the volume of a cell
+            is differentiated).
 
     MPI: Collective.
 
@@ -108,6 +112,35 @@ class CoordinateInput(FunctionInput):
     def _volumes(self) -> Array:
         x = self._positions[self._cells][..., : self.space.mesh.geometry.dim]
         return signed_volumes(jacobians(self._shape, self._order, x, sample_points(self._shape, self._order)))
+
+
+_SIZES = (
+    classes.Circumradius,
+    classes.CellDiameter,
+    classes.MinCellEdgeLength,
+    classes.MaxCellEdgeLength,
+    classes.MinFacetEdgeLength,
+    classes.MaxFacetEdgeLength,
+    classes.CellVertices,
+    classes.CellEdgeVectors,
+    classes.FacetEdgeVectors,
+)
+
+
+def check_shape_derivative(form: ufl.Form) -> None:
+    """Refuse sizes of cells and facets that UFL's coordinate derivative takes for constants. Not collective.
+
+    Raises:
+        UnsupportedForm: Naming the size, and what takes its place.
+    """
+    if form.ufl_domain().ufl_coordinate_element().cell_type.name == "interval":
+        return
+    found = [kind.__name__ for kind in _SIZES if extract_type(form, kind)]
+    if found:
+        raise UnsupportedForm(
+            f"The form contains {found[0]}, which UFL takes for a constant when it differentiates for the coordinates of the mesh. "
+            "Use ufl.CellVolume(mesh) ** (1 / d) for the size of a cell, or leave the coordinates out of the inputs."
+        )
 
 
 def _nodes(V: Any) -> Any:

@@ -9,7 +9,7 @@ import ufl
 from dolfinx import fem
 
 from fem_vi.errors import InvalidInput
-from fem_vi.pde.coordinates import CoordinateInput, Coordinates
+from fem_vi.pde.coordinates import CoordinateInput, Coordinates, check_shape_derivative
 from fem_vi.pde.inputs import ConstantInput, Input, create_function_input
 
 
@@ -60,6 +60,7 @@ def create_copies(form: ufl.Form, inputs: Sequence[object], *, besides: Sequence
 
     Raises:
         InvalidInput: Where an input is of the wrong kind or listed twice.
+        UnsupportedForm: Where the coordinates of the mesh are an input, and the form is not differentiated rightly for them.
     """
     for position, given in enumerate(inputs):
         if any(given is other for other in inputs[:position]):
@@ -68,6 +69,8 @@ def create_copies(form: ufl.Form, inputs: Sequence[object], *, besides: Sequence
         create_input(given, f"inputs[{k}] ({given.name})" if isinstance(given, fem.Function) else f"inputs[{k}]")
         for k, given in enumerate(inputs)
     ]
+    if any(isinstance(given, CoordinateInput) for given in varying):
+        check_shape_derivative(form)
     known = [*inputs, *besides]
     others = [symbol for symbol in (*form.coefficients(), *form.constants()) if not any(symbol is k for k in known)]
     return varying, [create_input(symbol, f"the {type(symbol).__name__} '{symbol}' of the form") for symbol in others]

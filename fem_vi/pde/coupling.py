@@ -18,7 +18,7 @@ from fem_vi.pde.assemble import VectorForm, ZeroVector, create_vector_form
 from fem_vi.pde.dense_block import DenseBlock
 from fem_vi.pde.inputs import Array, FunctionInput
 from fem_vi.pde.matrix import MatrixForm
-from fem_vi.pde.weak_form import WeakForm
+from fem_vi.pde.weak_form import WeakForm, is_switched_by
 
 
 class InputMatrix:
@@ -91,7 +91,7 @@ def constant_matrices(pde: WeakForm) -> dict[int, InputMatrix]:
     """The matrices of those inputs whose dF/dm sees neither the state nor any input, by position. Collective."""
     out = {}
     for position, given in enumerate(pde.inputs):
-        if isinstance(given, FunctionInput) and given.occurs_in(pde.form):
+        if isinstance(given, FunctionInput) and given.occurs_in(pde.form) and not is_switched_by(pde.form, given.symbol):
             form = input_matrix_form(pde, position)
             if not (form.empty() or pde.occurs_in(form) or any(pde.state is c for c in form.coefficients())):
                 out[position] = InputMatrix(form)
@@ -161,6 +161,7 @@ def create_coupling(pde: WeakForm, position: int, is_steady: Callable[[int], boo
     inputs = pde.occurs_in(form)
     on_boundary = any(source.position == position for source in pde.boundary.sources)
     sees_state = any(pde.state is symbol for symbol in form.coefficients())
-    if form.empty() or on_boundary or sees_state or not all(is_steady(k) for k in inputs):
+    switched = is_switched_by(pde.form, previous.symbol)
+    if form.empty() or on_boundary or sees_state or switched or not all(is_steady(k) for k in inputs):
         return None, ()
     return Coupling(pde, previous, form), inputs

@@ -90,6 +90,7 @@ class Factor:
         self._residual = self._b.duplicate()
         self._block: DenseBlock | None = None
         self._options = options
+        self._random: Array | None = None
         self._transpose: PETSc.Mat | None = None
         self._transpose_is_old = True
         self._sound = True
@@ -211,11 +212,12 @@ class Factor:
         """Solve for a random right-hand side, which a singular matrix, unlike one that fits it, does not survive. Collective.
 
         Where no pressure or no mean value is fixed the right-hand sides of the problem itself may all fit, and the answer is then
-        any of many. Iterative methods are not asked: they would take their last iteration to notice.
+        any of many; inputs may bring that about at any call. The residual that is checked here need not be checked again. Iterative methods are not asked: they would take their last iteration to notice.
         """
         if self._direct and self._suits:
-            random = np.random.default_rng((0, self.matrix.comm.rank))
-            self.solve(random.standard_normal(self._x.getLocalSize()), transposed=False)
+            if self._random is None:
+                self._random = np.random.default_rng((0, self.matrix.comm.rank)).standard_normal(self._x.getLocalSize())
+            self.solve(self._random, transposed=False)
 
     def refresh(self) -> None:
         """Factorise, or set the preconditioner up, for the matrix as it is now. Collective."""
@@ -378,8 +380,7 @@ class FactorPool:
         factor = self._vacant()
         self._spare = factor
         factor.rebuild()
-        if self.num_factorisations == 0:
-            factor.probe()
+        factor.probe()
         self._factors[key], self._spare = factor, None
         self.num_factorisations += 1
         if self.num_factorisations == 1:

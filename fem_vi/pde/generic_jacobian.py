@@ -127,7 +127,7 @@ def _current(given: Input) -> Array:
 def _points(pde: WeakForm) -> list[list[Array]]:
     """Owned values of the state and of each input, at each point.
 
-    Values of both signs take both branches of a conditional; positive ones suit square roots and logarithms; a state near the
+    The values that the caller has set may lie where the drawn ones do not, on the other side of a condition. Values of both signs take both branches of a conditional; positive ones suit square roots and logarithms; a state near the
     initial guess suits forms that are defined for moderate gradients only, such as those of hyperelasticity.
     """
     alike, own = np.random.default_rng(SEED), np.random.default_rng((SEED, pde.comm.rank))
@@ -140,7 +140,8 @@ def _points(pde: WeakForm) -> list[list[Array]]:
             for given in (pde.unknown, *pde.inputs)
         ]
 
-    points = [draw(-1.0, 1.0), draw(0.7, 1.3)]
+    now = [_current(given).reshape(-1)[: given.size].copy() for given in (pde.unknown, *pde.inputs)]
+    points = [now, draw(-1.0, 1.0), draw(0.7, 1.3)]
     if not pde.is_linear:
         noise, *values = draw(0.7, 1.3)
         guess = pde.initial_guess[: pde.unknown.size]

@@ -18,8 +18,8 @@ from fem_vi.parallel import any_rank
 from fem_vi.pde.coordinates import CoordinateInput
 from fem_vi.pde.coupling import InputMatrix
 from fem_vi.pde.factors import FactorPool
-from fem_vi.pde.petsc_options import Option, Options
 from fem_vi.pde.inputs import Array
+from fem_vi.pde.petsc_options import Option, Options
 from fem_vi.pde.solver_choice import choose_solver
 from fem_vi.pde.weak_form import WeakForm
 

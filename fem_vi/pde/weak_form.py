@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import ufl
 from dolfinx import fem
-from ufl.algorithms import expand_derivatives
+from ufl import classes
+from ufl.algorithms import expand_derivatives, extract_coefficients
+from ufl.algorithms.analysis import extract_type
 
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde.boundary import Boundary
@@ -76,7 +78,8 @@ class WeakForm:
         self._check_occurrence()
         self.initial_guess = self.state.x.array.copy()
         self.jacobian: ufl.Form = expand_derivatives(ufl.derivative(self.form, self.state, self.trial))
-        self.is_linear = not any(self.state is c for c in self.jacobian.coefficients())
+        sees_state = any(self.state is c for c in self.jacobian.coefficients())
+        self.is_linear = not (sees_state or is_switched_by(self.form, self.state))
 
     @property
     def fixed(self) -> tuple[Input, ...]:
@@ -124,6 +127,12 @@ class WeakForm:
                 "The value of a Dirichlet condition has changed since the WeakForm was built. "
                 "What varies must be listed in WeakForm(inputs=[...])."
             )
+
+
+def is_switched_by(form: ufl.Form, symbol: object) -> bool:
+    """Whether a Function stands in a condition: the form is then not affine in it, though its derivative may say so."""
+    conditions = extract_type(form, classes.Condition)
+    return any(symbol in extract_coefficients(condition) for condition in conditions)
 
 
 def _test_function(F: object, state: object) -> ufl.Argument:

@@ -293,7 +293,8 @@ def _loop(
                         file.append(row.values())
                 show(row)
                 for callback in callbacks:
-                    callback(row)
+                    with raise_on_all(comm):
+                        callback(row)
                 if folder is None:
                     continue
                 names = [name for name in all_values(comm, signals.name) if name is not None]

@@ -87,7 +87,7 @@ def predictive_check(problem: InverseProblem, m: Tensor, *, batch: int = 50, see
     with raise_on_all(comm):
         instance("m", m, Tensor)
         batch, seed = whole("batch", batch, least=1), whole("seed", seed)
-        rows = m.reshape(-1, m.shape[-1]) if m.ndim else m[None, None]
+        rows = m.reshape(m.shape[:-1].numel(), m.shape[-1]) if m.ndim else m[None, None]
         if len(rows) < 20:
             raise InvalidInput(f"m holds {len(rows)} draws; quantiles of predictions take 20 at least.")
     with private_generator(shared_seed(comm, seed)), torch.no_grad():

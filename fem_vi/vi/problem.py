@@ -113,7 +113,8 @@ class InverseProblem:
 
     def _predict(self, m: Tensor, forward: Callable[[Tensor], Tensor], likelihood: Likelihood, num_data: int) -> Tensor:
         """What a forward map makes of m, checked and counted."""
-        prediction = forward(m)
+        with raise_on_all(self.prior.comm):
+            prediction = forward(m)
         expected = (*m.shape[:-1], num_predicted(likelihood, num_data))
         with raise_on_all(self.prior.comm):
             if not isinstance(prediction, Tensor):

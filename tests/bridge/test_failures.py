@@ -294,3 +294,20 @@ def test_mumps_gets_the_workspace_that_it_lacks(nonlinear: bool, monkeypatch: py
         monkeypatch.setattr(petsc_options, "MOST_WORKSPACE", 0)
         with pytest.raises(fem_vi.SolveFailed, match="DIVERGED_PCSETUP_FAILED"):
             fem_vi.Solve(pde, petsc_options=little)(one)
+
+
+@pytest.mark.mpi
+def test_a_jacobian_that_becomes_singular_is_found() -> None:
+    """-div grad u + c u = f with c = 1 and then c = 0, where f = cos(pi x) fits the singular matrix."""
+    msh = square(COMM)
+    V = fem.functionspace(msh, ("Lagrange", 1))
+    u, f, v, c = fem.Function(V), fem.Function(V), ufl.TestFunction(V), fem.Constant(msh, 1.0)
+    F = ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx + c * u * v * ufl.dx - f * v * ufl.dx
+    solve = fem_vi.Solve(fem_vi.WeakForm(F, state=u, inputs=[c, f]))
+    f.interpolate(lambda x: np.cos(np.pi * x[0]))
+    source = fem_vi.to_tensor(f)
+    f.x.array[:] = 0.0
+    values = [solve(torch.tensor(number, dtype=torch.float64), source) for number in (1.0, 2.0)]
+    with pytest.raises(fem_vi.SolveFailed, match="singular"):
+        solve(torch.tensor(0.0, dtype=torch.float64), source)
+    assert torch.equal(solve(torch.tensor(1.0, dtype=torch.float64), source), values[0])

@@ -9,11 +9,13 @@ import dolfinx
 import numpy as np
 import pytest
 import torch
+import ufl
+from dolfinx import fem
 from mpi4py import MPI
 from torch import Tensor
 
 import fem_vi
-from tests.helpers import CASES, Case, paired
+from tests.helpers import CASES, Case, boundary_dofs, everywhere, interpolated, left, paired, square
 
 COMM = MPI.COMM_WORLD
 every_case = pytest.mark.parametrize("build", CASES.values(), ids=CASES.keys())
@@ -268,3 +270,42 @@ def test_other_solvers_give_the_gradient_of_the_default_one(name: str, options: 
             return
     for a, b in zip(wanted, got, strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("what", ["Solve", "Residual"])
+def test_a_condition_may_list_a_dof_twice(what: str) -> None:
+    """A corner belongs to two sides; its gradient counts once."""
+    msh = square(COMM)
+    V = fem.functionspace(msh, ("Lagrange", 1))
+    u, h, v = fem.Function(V), fem.Function(V), ufl.TestFunction(V)
+    F = ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx - v * ufl.dx
+    sides = [boundary_dofs(V, left), boundary_dofs(V, lambda x: np.isclose(x[1], 0.0))]
+    gradients = []
+    for dofs in (np.sort(np.concatenate(sides)), np.unique(np.concatenate(sides))):
+        pde = fem_vi.WeakForm(F, state=u, inputs=[h], bcs=[fem.dirichletbc(h, dofs)])
+        at = interpolated(V, 1.0, 0.4).requires_grad_()
+        out = fem_vi.Solve(pde)(at) if what == "Solve" else fem_vi.Residual(pde)(interpolated(V, 1.0, 0.1), at)
+        gradients += torch.autograd.grad(fem_vi.all_sum(out.square().sum(), COMM), at)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("switch", ["input", "sign", "state"])
+def test_conditions_on_inputs_and_states(switch: str) -> None:
+    """A form is not affine in what it asks a condition of, though the derivative does not see it."""
+    msh = square(MPI.COMM_SELF)
+    V = fem.functionspace(msh, ("Lagrange", 1))
+    u, m, v = fem.Function(V), fem.Function(V), ufl.TestFunction(V)
+    source = {
+        "input": ufl.conditional(ufl.gt(m, 0.1), 5.0, 0.0) + m,
+        "sign": ufl.sign(m) + m,
+        "state": m - ufl.conditional(ufl.gt(u, 50.0), 5.0, 0.0),
+    }[switch]
+    F = ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx - source * v * ufl.dx
+    pde = fem_vi.WeakForm(F, state=u, inputs=[m], bcs=[fem.dirichletbc(0.0, boundary_dofs(V, everywhere), V)])
+    assert pde.is_linear == (switch != "state")
+    at = interpolated(V, 1.0, 0.2)
+    solve, residual = fem_vi.Solve(pde), fem_vi.Residual(pde)
+    assert float(residual(solve(at), at).abs().max()) < 1e-12
+    at.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: solve(x).sum(), at, eps=1e-7, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,3 +119,12 @@ def test_bad_use_is_refused() -> None:
     surface = mesh.create_submesh(mesh.create_unit_cube(MPI.COMM_SELF, 1, 1, 1), 2, np.arange(2, dtype=np.int32))[0]
     with pytest.raises(fem_vi.InvalidInput, match="surfaces"):
         fem_vi.coordinates(surface)
+
+
+@pytest.mark.parametrize("size", [ufl.Circumradius, ufl.CellDiameter, ufl.MaxCellEdgeLength])
+def test_sizes_that_ufl_does_not_differentiate_are_refused(size: Any) -> None:
+    """On a triangle UFL's derivative of the circumradius is half of what it should be."""
+    msh = square(MPI.COMM_SELF)
+    with pytest.raises(fem_vi.UnsupportedForm, match=rf"{size(msh).__class__.__name__}.*CellVolume"):
+        fem_vi.Functional(size(msh) ** 2 * ufl.dx(domain=msh), [fem_vi.coordinates(msh)])
+    fem_vi.Functional(ufl.CellVolume(msh) * ufl.dx(domain=msh), [fem_vi.coordinates(msh)])

@@ -156,7 +156,7 @@ class LowRankScale:
 
     def apply(self, eps: Tensor) -> Tensor:
         """S eps, `(*batch, n_owned)`."""
-        rows = eps.reshape(-1, eps.shape[-1])
+        rows = eps.reshape(eps.shape[:-1].numel(), eps.shape[-1])  # counted, since a rank may own no entries
         w = self.prior.all_sum(self.U @ rows.T)
         inner = torch.eye(len(w), dtype=w.dtype) + self.cholesky
         w = torch.linalg.solve_triangular(inner, w, upper=False)
@@ -167,7 +167,7 @@ class LowRankScale:
     def solve(self, delta: Tensor) -> Tensor:
         """S^-1 delta, `(*batch, n_owned)`."""
         scaled = delta if self.log_precision is None else (0.5 * self.log_precision).exp() * delta
-        rows = scaled.reshape(-1, delta.shape[-1])
+        rows = scaled.reshape(delta.shape[:-1].numel(), delta.shape[-1])
         w = self.prior.all_sum(self.U @ rows.T)
         w = torch.linalg.solve_triangular(torch.eye(len(w), dtype=w.dtype) + self.cholesky.T, w, upper=True)
         return (rows + self.prior.localise(w).T @ self.U).reshape(delta.shape)
