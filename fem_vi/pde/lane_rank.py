@@ -1,7 +1,8 @@
 """Tables of low rank: derivatives of basis functions that depend on each other are evaluated at fewer of them.
 
-The derivatives of n basis functions at the quadrature points, T_qi, span fewer than n functions: those of the six quadratic functions
-on a triangle are three linear ones. With some of the columns of T for a basis, T_qi = sum_k T_q,p(k) C_ki, a coefficient's derivative
+The derivatives of n basis functions at the quadrature points, T_qi, span fewer than n functions: those of the six quadratic
+functions on a triangle are three linear ones. With some of the columns of T for a basis, T_qi = sum_k T_q,p(k) C_ki, a
+coefficient's derivative
 
     sum_i T_qi w_i = sum_k T_q,p(k) (C w)_k
 
@@ -49,7 +50,7 @@ def low_rank(table: Array) -> LowRank | None:
     weights = np.empty((rank, n))
     weights[:, order] = np.hstack([np.eye(rank), scipy.linalg.solve_triangular(r[:rank, :rank], r[:rank, rank:])])
     rounded = np.round(_DENOMINATOR * weights) / _DENOMINATOR
-    weights = np.where(np.abs(weights - rounded) < _EXACT, rounded, weights)
+    weights[...] = np.where(np.abs(weights - rounded) < _EXACT, rounded, weights)
     columns = int(np.sum(np.any(np.abs(table) > 0, axis=0)))  # columns of zeros cost nothing as it is
     saved, spent = num_points * (columns - rank), int(np.sum(weights != 0)) - rank
     return LowRank(tuple(int(k) for k in order[:rank]), weights) if saved > 2 * spent else None
@@ -144,7 +145,9 @@ class _Points:
             self.known[key] = [self._symbol() for _ in found.pivots]
             for symbol, row in zip(self.known[key], found.weights, strict=True):
                 terms = [
-                    product([L.LiteralFloat(float(c)), *(at(x, index.name, i) for x in rest)]) for i, c in enumerate(row) if c != 0
+                    product([L.LiteralFloat(float(c)), *(at(x, index.name, i) for x in rest)])
+                    for i, c in enumerate(row)
+                    if c != 0
                 ]
                 self.before.append(L.VariableDecl(symbol, L.Sum(terms)))
         return [L.AssignAdd(target, L.Product([y, x])) for y, x in zip(self.known[key], self._columns(table), strict=True)]
@@ -158,8 +161,7 @@ class _Points:
             self.known[key] = [self._symbol() for _ in found.pivots]
             self.before += [L.VariableDecl(symbol, 0.0) for symbol in self.known[key]]
             new = [
-                L.AssignAdd(symbol, product([*rest, x]))
-                for symbol, x in zip(self.known[key], self._columns(table), strict=True)
+                L.AssignAdd(symbol, product([*rest, x])) for symbol, x in zip(self.known[key], self._columns(table), strict=True)
             ]
         for i in range(found.weights.shape[1]):
             terms = [
