@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fem_vi.arguments import instance
@@ -19,7 +21,7 @@ from fem_vi.bridge.weighted import WeightedResidual
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all
 from fem_vi.pde.inputs import Array
-from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Samples
+from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Rows, Samples
 from fem_vi.pde.petsc_options import Option
 from fem_vi.pde.weak_form import WeakForm
 
@@ -257,8 +259,8 @@ class BatchedResidual(BatchedOperator):
         lam = g.copy()
         lam[:, owned] = 0.0
         self._kernel.vjp(Samples(flat, call.rows), lam, grads)
-        for sample, row in enumerate(call.rows[0] if grads[0] is not None and owned.size else ()):
-            grads[0][row, owned] += g[sample, owned]  # type: ignore[index]
+        if grads[0] is not None:
+            _add_columns(grads[0], call.rows[0], owned, g[:, owned])
         for source in self.pde.boundary.sources:
             grad, rows = grads[1 + source.position], call.rows[1 + source.position]
             for sample, row in enumerate(rows if grad is not None else ()):
@@ -272,3 +274,11 @@ class BatchedResidual(BatchedOperator):
 
     def _curvature(self, call: Call, flat: Sequence[Array], bend: Bend, at_out: Array, grads: Sequence[Array]) -> None:
         self._kernel.curvature(Samples(flat, call.rows), bend.lam, bend.tangents, grads)
+
+
+def _add_columns(grad: Array, rows: Rows, columns: NDArray[np.int32], values: Array) -> None:
+    """Add some columns of each sample to the rows that the samples read, which may be the same for several."""
+    if len(rows) == len(grad):  # then each sample has its own
+        grad[:, columns] += values
+    else:
+        np.add.at(grad, (rows[:, None], columns), values)

@@ -70,6 +70,8 @@ def integral_codes(form: ufl.Form) -> list[IntegralCode]:
         return [
             _code(form, integral, ir, options) for integral, ir in zip(data.integral_data, representation.integrals, strict=True)
         ]
+    except UnsupportedForm:
+        raise
     except (NotImplementedError, RuntimeError, ValueError, KeyError) as error:
         raise UnsupportedForm(f"FFCx generates no code for the form, for any kernel: {error}") from error
 

@@ -13,6 +13,7 @@ import ufl
 from dolfinx import fem
 
 from fem_vi.errors import InvalidInput, UnsupportedForm
+from fem_vi.pde._compat_ffcx import ENTITY_WIDTHS
 from fem_vi.pde.batch_form import BatchForm, KernelMesh, Values
 from fem_vi.pde.block_gradient import block_gradient
 from fem_vi.pde.coordinates import CoordinateInput
@@ -60,14 +61,24 @@ def _threads_of_environment() -> int:
     return max(1, int(given)) if given.isdecimal() else 1
 
 
+def _check(pde: WeakForm) -> None:
+    for given in pde.inputs:
+        if isinstance(given, CoordinateInput):
+            raise UnsupportedForm(
+                f"CompiledKernel cannot take {given.label}: the coordinates of the mesh are the same for all of its samples. "
+                "Use fem_vi.AssembledKernel()."
+            )
+    for integral in pde.form.integrals():
+        if integral.integral_type() not in ENTITY_WIDTHS:
+            raise UnsupportedForm(
+                f"CompiledKernel cannot integrate over {integral.integral_type()} entities, as in {integral}; it takes integrals "
+                "over cells, exterior and interior facets. Use fem_vi.AssembledKernel()."
+            )
+
+
 class _CompiledResidual(BatchKernel):
     def __init__(self, pde: WeakForm, num_threads: int) -> None:
-        for given in pde.inputs:
-            if isinstance(given, CoordinateInput):
-                raise UnsupportedForm(
-                    f"CompiledKernel cannot take {given.label}: the coordinates of the mesh are the same for all of its samples. "
-                    "Use fem_vi.AssembledKernel()."
-                )
+        _check(pde)
         self._pde = pde
         self._given = [pde.unknown, *pde.inputs]
         self._lam = fem.Function(pde.space)

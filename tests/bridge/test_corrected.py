@@ -170,3 +170,21 @@ def test_solution_units_on_any_number_of_ranks() -> None:
         assert sum(slopes) == pytest.approx((ahead - behind) / (2 * step), rel=1e-5)
         numbers.append([ahead, *slopes])
     assert np.allclose(numbers[0], numbers[1], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["log_diffusion", "reaction"])
+def test_empty_batches(name: str) -> None:
+    case = CASES[name](MPI.COMM_SELF)
+    residual, inputs = fem_vi.Residual(case.pde), case.values
+    u = torch.empty((0, case.weights[-1].numel()), dtype=torch.float64, requires_grad=True)
+    operators = {
+        "rows": (lambda: residual(u, *inputs, rows=[1, 2]), (0, 2)),
+        "weighted": (lambda: residual.weighted(case.weights[-1], u, *inputs), (0,)),
+        "precondition": (lambda: preconditioned(case)(u, *inputs), u.shape),
+        "solution units": (lambda: residual.in_solution_units(u, *inputs), u.shape),
+        "logdet": (lambda: residual.logdet(u, *inputs), (0,)),
+    }
+    for what, (evaluate, shape) in operators.items():
+        value = evaluate()
+        assert value.shape == shape, what
+        assert torch.autograd.grad(value.sum(), u)[0].shape == u.shape, what

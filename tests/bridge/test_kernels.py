@@ -151,6 +151,14 @@ def test_coordinates_are_refused() -> None:
         fem_vi.Residual(case.pde, kernel=fem_vi.CompiledKernel())
 
 
+def test_integrals_over_vertices_are_refused() -> None:
+    V = fem.functionspace(square(MPI.COMM_SELF), ("Lagrange", 1))
+    u, v = fem.Function(V), ufl.TestFunction(V)
+    pde = fem_vi.WeakForm(u * v * ufl.dx + u**2 * v * ufl.dP, state=u, inputs=[])
+    with pytest.raises(fem_vi.UnsupportedForm, match=r"CompiledKernel cannot integrate over vertex.*AssembledKernel"):
+        fem_vi.Residual(pde, kernel=fem_vi.CompiledKernel())
+
+
 @pytest.mark.parametrize("given", [0, -1, 1.5, True, "2"])
 def test_numbers_of_threads_are_checked(given: Any) -> None:
     with pytest.raises(fem_vi.InvalidInput, match="num_threads is"):
@@ -160,7 +168,7 @@ def test_numbers_of_threads_are_checked(given: Any) -> None:
 @pytest.mark.parametrize("given", ["compiled", fem_vi.CompiledKernel, None])
 def test_kernels_are_checked(given: Any) -> None:
     case = CASES["log_diffusion"](MPI.COMM_SELF)
-    with pytest.raises(fem_vi.InvalidInput, match="kernel is .*AssembledKernel"):
+    with pytest.raises(fem_vi.InvalidInput, match=r"kernel is .*AssembledKernel"):
         fem_vi.Residual(case.pde, kernel=given)
 
 
