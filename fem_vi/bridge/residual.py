@@ -24,8 +24,11 @@ class Residual:
 
     Args:
         pde: The weak form.
-        kernel: Who evaluates the integrals. `AssembledKernel()`: DOLFINx, one sample after another, any form. All kernels give
-            the same numbers, up to rounding.
+        kernel: Who evaluates the integrals. `AssembledKernel()`: DOLFINx, one sample after another, any form.
+            `CompiledKernel()`: C code that evaluates all samples of a batch at once, several times faster from eight samples on;
+            it takes no coordinates of the mesh as an input. `TorchKernel(device=...)`: torch operations on any device,
+            differentiable to any order, which `export_residual` writes to a file; it looks at no values, so that it does not
+            raise `NotFinite`. All kernels give the same numbers, up to rounding.
 
     Call:
         `residual(u, *inputs)`: u is a field tensor `(*batch, n_owned)`, inputs as for `Solve`; returns a field tensor

@@ -111,7 +111,7 @@ class IntegrationDomains:
         self._form = fem.form(ufl.Form([integral.reconstruct(integrand=one) for integral in form.integrals()]))
 
     def entities(self, kind: str, subdomain: int) -> Entities:
-        """Cells `(n, 1)`; cells and local facets `(n, 2)`; both cells and local facets `(n, 4)` of interior facets. Not collective."""
+        """Cells `(n, 1)`; cells and local facets `(n, 2)`; both sides of interior facets, `(n, 4)`. Not collective."""
         integral_type = getattr(fem.IntegralType, kind)
         form = self._form._cpp_object
         if DOLFINX_VERSION < (0, 10):

@@ -135,7 +135,7 @@ class BatchForm:
         )
         self._library = load_library(source_key(form, plan), lambda: source(integral_codes(form), plan), mesh.comm)
         self._lanes = ctypes.c_int64.in_dll(self._library, "fem_vi_lanes").value
-        contents = Contents.spelt(str(ctypes.c_char_p.in_dll(self._library, "fem_vi_contents").value, "ascii"))
+        contents = Contents.spelt(ctypes.c_char_p.in_dll(self._library, "fem_vi_contents").value or b"")
         self._functions = {coefficients[position]: spaces[position] for position in contents.read}
         self._entities = [mesh.entities(kind, subdomains) for kind, subdomains in contents.integrals]
         self._c_entities = (CEntities * len(self._entities))(
@@ -233,10 +233,12 @@ class _Sum:
     Attributes:
         field: For the kernel.
         finish: Collective.
+        keep: What the field points to.
     """
 
     field: CField
     finish: Callable[[], None]
+    keep: Any = None
 
 
 def _create_sum(space: FieldSpace | ConstantSpace, grad: Values, num_blocks: int, comm: Any) -> _Sum:
@@ -248,7 +250,7 @@ def _create_sum(space: FieldSpace | ConstantSpace, grad: Values, num_blocks: int
         rows = np.ascontiguousarray(grad.rows, dtype=np.int64)
         ghosts = np.zeros((len(rows), halo.num_ghosts))
         field = space.field(owned=grad.values, ghosts=ghosts, rows=rows, is_result=True)
-        return _Sum(field, lambda: (rows, halo.reverse(ghosts, grad.values))[1])
+        return _Sum(field, lambda: halo.reverse(ghosts, grad.values), rows)
     if grad.is_shared:
         parts = np.empty((num_blocks, halo.num_owned + halo.num_ghosts))
 
@@ -265,7 +267,7 @@ def _create_sum(space: FieldSpace | ConstantSpace, grad: Values, num_blocks: int
         inner.finish()
         np.add.at(grad.values, grad.rows, alone.values)
 
-    return _Sum(inner.field, add_rows)
+    return _Sum(inner.field, add_rows, inner)
 
 
 def _sum_of_constant(space: ConstantSpace, grad: Values, comm: Any) -> _Sum:

@@ -1,8 +1,8 @@
 """The gradients of a 0-form for several Functions and Constants as one 1-form.
 
-Its test function has a block for each: of the space of a Function, and a number in each cell for each entry of a Constant, so that
-the sum over all cells is the derivative for that entry. One kernel then computes all gradients in one pass over the cells, and what
-they have in common once.
+Its test function has a block for each: of the space of a Function, and a number in each cell for each entry of a Constant, so
+that the sum over all cells is the derivative for that entry. One kernel then computes all gradients in one pass over the cells,
+and what they have in common once.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ from fem_vi.pde.weak_form import WeakForm
 class CompiledKernel:
     """C code for many samples at once, made of what FFCx generates for the form and its derivatives.
 
-    Each SIMD lane of the processor works on a sample of its own, so that a cell's geometry, its tables and its dofs are read once for
-    several samples; threads share the samples out. Code is compiled when it is first needed and kept on disk, beside FFCx's.
+    Each SIMD lane of the processor works on a sample of its own, so that a cell's geometry, its tables and its dofs are read once
+    for several samples; threads share the samples out. Code is compiled when it is first needed and kept on disk, beside FFCx's.
+    Memory for one block of samples is kept for each thread.
 
     Args:
         num_threads: Threads of each rank; the environment variable OMP_NUM_THREADS when None, else one. The numbers do not

@@ -1,8 +1,8 @@
-"""How the dofs of a cell differ from those of its reference cell: signs and rotations on edges and faces that cells share.
+"""How the dofs of a cell differ from those of its reference cell: signs and rotations on shared edges and faces.
 
-The basis functions of a cell are phi = T phi_ref with a matrix T that depends on how the cell's edges and faces are turned against
-its neighbours'; coefficients are read as T^T w, and vectors of integrals leave as T b. Few classes of cells differ in T, so that
-their matrices are tabulated once.
+The basis functions of a cell are phi = T phi_ref with a matrix T that depends on how the cell's edges and faces are turned
+against its neighbours'; coefficients are read as T^T w, and vectors of integrals leave as T b. Few classes of cells differ in T,
+so that their matrices are tabulated once.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _stored(matrices: list[Array], class_of: NDArray[np.intp]) -> Transformation
 
 
 def transformation_matrix(element: Any, cell_info: int) -> Array | None:
-    """T of one cell of an element, for its permutation number; None where it is the identity for every cell."""
+    """T of one cell; None where it is the identity for every cell."""
     if isinstance(element, basix.ufl._MixedElement):
         parts = [(part.dim, transformation_matrix(part, cell_info)) for part in element.sub_elements]
         if all(matrix is None for _, matrix in parts):
@@ -74,12 +74,12 @@ def transformation_matrix(element: Any, cell_info: int) -> Array | None:
         return scipy.linalg.block_diag(*(np.eye(dim) if matrix is None else matrix for dim, matrix in parts))
     if isinstance(element, basix.ufl._BlockedElement):
         inner = transformation_matrix(element.sub_elements[0], cell_info)
-        return None if inner is None else np.kron(inner, np.eye(element.block_size))
+        return None if inner is None else np.kron(inner, np.eye(element.block_size)).astype(np.float64)
     if not isinstance(element, basix.ufl._BasixElement):
         return None  # of quadrature points, which belong to their cell
     basic = element.basix_element
     if basic.dof_transformations_are_identity or basic.dof_transformations_are_permutations:
         return None  # permutations are in the dofmap
-    matrix = np.eye(basic.dim)
+    matrix = np.eye(basic.dim, dtype=np.float64)
     basic.T_apply(matrix.reshape(-1), basic.dim, cell_info)  # in place
     return matrix

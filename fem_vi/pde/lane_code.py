@@ -120,8 +120,8 @@ class LaneFormatter:
             or end - begin > _LONGEST_UNROLLED
             or _declares(s.body)
         ):
-            i = self._scalar(s.index)
-            head = f"for (int {i} = {self._scalar(s.begin)}; {i} < {self._scalar(s.end)}; ++{i})"
+            name = self._scalar(s.index)
+            head = f"for (int {name} = {self._scalar(s.begin)}; {name} < {self._scalar(s.end)}; ++{name})"
             return f"{head} {{\n{self._statement(s.body)}}}\n"
         parts = []
         for i in range(int(begin), int(end)):
@@ -143,8 +143,8 @@ class LaneFormatter:
             if table is None:
                 return None
             indices = [self._known(i) for i in node.indices]
-            values = table[tuple(slice(None) if i is None else i for i in indices)]
-            return values.flat[0].item() if np.all(values == values.flat[0]) else None
+            entries = np.asarray(table[tuple(slice(None) if i is None else int(i) for i in indices)])
+            return entries.flat[0].item() if np.all(entries == entries.flat[0]) else None
         if isinstance(node, L.Sum | L.Product | L.Add | L.Mul):
             values = [self._known(x) for x in _terms(node)]
             if isinstance(node, L.Product | L.Mul) and 0 in values:

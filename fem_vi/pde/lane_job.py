@@ -22,13 +22,13 @@ _pointer, _int64 = ctypes.c_void_p, ctypes.c_int64
 class CTransform(ctypes.Structure):
     """See `fem_vi.pde.lane_runtime`."""
 
-    _fields_ = [(name, _pointer) for name in ("class_of", "ptr", "col", "val")]  # noqa: RUF012
+    _fields_ = [(name, _pointer) for name in ("class_of", "ptr", "col", "val")]
 
 
 class CField(ctypes.Structure):
     """See `fem_vi.pde.lane_runtime`."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, _pointer) for name in ("owned", "ghosts", "rows")),
         *((name, _int64) for name in ("num_owned", "num_local")),
         ("dofmap", _pointer),
@@ -39,13 +39,13 @@ class CField(ctypes.Structure):
 class CEntities(ctypes.Structure):
     """See `fem_vi.pde.lane_runtime`."""
 
-    _fields_ = [("list", _pointer), ("num", _int64)]  # noqa: RUF012
+    _fields_ = [("list", _pointer), ("num", _int64)]
 
 
 class CJob(ctypes.Structure):
     """See `fem_vi.pde.lane_runtime`."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("in", ctypes.POINTER(CField)),
         ("out", ctypes.POINTER(CField)),
         ("entities", ctypes.POINTER(CEntities)),
@@ -65,7 +65,9 @@ def address(array: NDArray[Any] | None) -> int | None:
 
 def c_transform(given: Transformation | None) -> CTransform:
     """A transformation, or none, as C reads it."""
-    return CTransform() if given is None else CTransform(*map(address, (given.class_of, given.ptr, given.col, given.val)))
+    if given is None:
+        return CTransform()
+    return CTransform(address(given.class_of), address(given.ptr), address(given.col), address(given.val))
 
 
 class FieldSpace:

@@ -1,7 +1,8 @@
 """Tables of low rank: derivatives of basis functions that depend on each other are evaluated at fewer of them.
 
-The derivatives of n basis functions at the quadrature points, T_qi, span fewer than n functions: those of the six quadratic functions
-on a triangle are three linear ones. With some of the columns of T for a basis, T_qi = sum_k T_q,p(k) C_ki, a coefficient's derivative
+The derivatives of n basis functions at the quadrature points, T_qi, span fewer than n functions: those of the six quadratic
+functions on a triangle are three linear ones. With some of the columns of T for a basis, T_qi = sum_k T_q,p(k) C_ki, a
+coefficient's derivative
 
     sum_i T_qi w_i = sum_k T_q,p(k) (C w)_k
 
@@ -49,7 +50,7 @@ def low_rank(table: Array) -> LowRank | None:
     weights = np.empty((rank, n))
     weights[:, order] = np.hstack([np.eye(rank), scipy.linalg.solve_triangular(r[:rank, :rank], r[:rank, rank:])])
     rounded = np.round(_DENOMINATOR * weights) / _DENOMINATOR
-    weights = np.where(np.abs(weights - rounded) < _EXACT, rounded, weights)
+    weights[...] = np.where(np.abs(weights - rounded) < _EXACT, rounded, weights)
     columns = int(np.sum(np.any(np.abs(table) > 0, axis=0)))  # columns of zeros cost nothing as it is
     saved, spent = num_points * (columns - rank), int(np.sum(weights != 0)) - rank
     return LowRank(tuple(int(k) for k in order[:rank]), weights) if saved > 2 * spent else None

@@ -74,9 +74,9 @@ INLINE vec power_6(vec x) { return power_3(x * x); }
 INLINE vec power_7(vec x) { return power_6(x) * x; }
 INLINE vec power_8(vec x) { return power_4(x * x); }
 
-/* exp(x) = 2^n exp(r) with |r| <= ln(2) / 2 and exp(r) = 1 + r + r^2 p(r), where p interpolates at Chebyshev points: relative error
-   1.6e-17 before rounding. Adding MAGIC rounds to an integer n, which then stands in the last bits; adding it to the exponent
-   multiplies by 2^n. Below -708 the result is zero in place of a number that is smaller than the smallest normal one. */
+/* exp(x) = 2^n exp(r) with |r| <= ln(2) / 2 and exp(r) = 1 + r + r^2 p(r), where p interpolates at Chebyshev points: relative
+   error 1.6e-17 before rounding. Adding MAGIC rounds to an integer n, which then stands in the last bits; adding it to the
+   exponent multiplies by 2^n. Below -708 the result is zero in place of a number that is smaller than the smallest normal one. */
 #define MAGIC 0x1.8p52
 INLINE vec lanes_exp(vec x)
 {

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import ufl
 
@@ -86,7 +85,7 @@ class Contents:
         return json.dumps([self.read, self.integrals])
 
     @staticmethod
-    def spelt(text: str) -> Contents:
+    def spelt(text: str | bytes) -> Contents:
         """From JSON."""
         read, integrals = json.loads(text)
         return Contents(tuple(read), tuple((kind, tuple(ids)) for kind, ids in integrals))
