@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fem_vi.bridge.call import Call
 from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.errors import InvalidInput
 from fem_vi.pde.inputs import Array
-from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Samples
+from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Rows, Samples
 from fem_vi.pde.weak_form import WeakForm
 
 _ASSEMBLED = AssembledKernel()
@@ -105,8 +107,8 @@ class BatchedResidual(BatchedOperator):
         lam = g.copy()
         lam[:, owned] = 0.0
         self._kernel.vjp(Samples(flat, call.rows), lam, grads)
-        for sample, row in enumerate(call.rows[0] if grads[0] is not None and owned.size else ()):
-            grads[0][row, owned] += g[sample, owned]  # type: ignore[index]
+        if grads[0] is not None:
+            _add_columns(grads[0], call.rows[0], owned, g[:, owned])
         for source in self.pde.boundary.sources:
             grad, rows = grads[1 + source.position], call.rows[1 + source.position]
             for sample, row in enumerate(rows if grad is not None else ()):
@@ -120,3 +122,11 @@ class BatchedResidual(BatchedOperator):
 
     def _curvature(self, call: Call, flat: Sequence[Array], bend: Bend, at_out: Array, grads: Sequence[Array]) -> None:
         self._kernel.curvature(Samples(flat, call.rows), bend.lam, bend.tangents, grads)
+
+
+def _add_columns(grad: Array, rows: Rows, columns: NDArray[np.int32], values: Array) -> None:
+    """Add some columns of each sample to the rows that the samples read, which may be the same for several."""
+    if len(rows) == len(grad):  # then each sample has its own
+        grad[:, columns] += values
+    else:
+        np.add.at(grad, (rows[:, None], columns), values)

@@ -40,8 +40,8 @@ class Values:
 
     @property
     def is_shared(self) -> bool:
-        """Whether all samples read the same row."""
-        return len(self.values) == 1 or bool(np.all(self.rows == self.rows[0]))
+        """Whether all samples read the same row, the only one that there is."""
+        return len(self.values) == 1
 
 
 class KernelMesh:

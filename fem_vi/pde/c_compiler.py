@@ -87,8 +87,8 @@ def load_library(key: str, source: Callable[[], str], comm: MPI.Comm) -> ctypes.
     """A shared library from C source, compiled where the cache has none.
 
     The cache is FFCx's folder (`cache_dir` of DOLFINx's options for compilation). A file's name is a hash of what the source is
-    made of, the flags, the compiler and the processor; it appears there complete, by renaming, so that any number of processes may
-    compile at once.
+    made of, the flags, the compiler and the processor; it appears there complete, by renaming, so that any number of processes
+    may compile at once.
 
     Args:
         key: Names all that the source depends on, the same on all ranks.

@@ -28,6 +28,7 @@ _BESSEL = {"bessel_j": "jn", "bessel_y": "yn"}
 _CONDITIONS = (L.EQ, L.NE, L.LT, L.LE, L.GT, L.GE, L.And, L.Or, L.Not)
 _LARGEST_POWER = 8  # by products; the error of each is half a unit in the last place
 _LONGEST_UNROLLED = 10  # iterations: all dofs of P2 on tetrahedra
+_MOST_UNROLLED = 1200  # statements of all iterations that the C compiler is asked to unroll
 
 
 def lane_symbols(tree: Any, batched: frozenset[str]) -> set[str]:
@@ -122,7 +123,10 @@ class LaneFormatter:
         ):
             name = self._scalar(s.index)
             head = f"for (int {name} = {self._scalar(s.begin)}; {name} < {self._scalar(s.end)}; ++{name})"
-            return f"{head} {{\n{self._statement(s.body)}}}\n"
+            body = self._statement(s.body)
+            count = 0 if begin is None or end is None else int(end - begin)
+            pragma = f"#pragma GCC unroll {count}\n" if count > 1 and count * body.count(";") <= _MOST_UNROLLED else ""
+            return f"{pragma}{head} {{\n{body}}}\n"
         parts = []
         for i in range(int(begin), int(end)):
             self._indices[s.index.name] = i

@@ -160,7 +160,7 @@ def test_numbers_of_threads_are_checked(given: Any) -> None:
 @pytest.mark.parametrize("given", ["compiled", fem_vi.CompiledKernel, None])
 def test_kernels_are_checked(given: Any) -> None:
     case = CASES["log_diffusion"](MPI.COMM_SELF)
-    with pytest.raises(fem_vi.InvalidInput, match="kernel is .*AssembledKernel"):
+    with pytest.raises(fem_vi.InvalidInput, match=r"kernel is .*AssembledKernel"):
         fem_vi.Residual(case.pde, kernel=given)
 
 
