@@ -200,6 +200,10 @@ def test_torch_compile_traces_the_whole() -> None:
 
 @pytest.mark.long
 def test_torch_compile() -> None:
+    try:
+        torch.compile(lambda x: x.sin().sum())(torch.ones(2))
+    except Exception as error:  # of a class that depends on torch's version
+        pytest.skip(f"torch.compile's default back end compiles nothing here: {str(error).splitlines()[0]}")
     case = CASES["reaction"](MPI.COMM_SELF)
     module = fem_vi.Residual(case.pde, kernel=fem_vi.TorchKernel()).function.module
     check_compiled(case, module, torch.compile(module, fullgraph=True))
