@@ -273,7 +273,8 @@ def apart(a: Numbers, b: Numbers, comm: MPI.Comm) -> float:
     """The largest difference between two, relative to the largest number of its kind on any rank."""
     worst = 0.0
     for x, y in zip(a.all(), b.all(), strict=True):
-        difference = comm.allreduce(float((x - y).abs().max()) if x.numel() else 0.0, op=MPI.MAX)
+        mine = float((x - y).abs().nan_to_num(nan=float("inf")).max()) if x.numel() else 0.0  # NaN would pass any comparison
+        difference = comm.allreduce(mine, op=MPI.MAX)
         size = comm.allreduce(float(y.abs().max()) if y.numel() else 0.0, op=MPI.MAX)
         worst = max(worst, difference / size if size > 0 else difference)
     return worst

@@ -38,7 +38,9 @@ class Residual:
         pde: The weak form.
         kernel: Who evaluates the integrals. `AssembledKernel()`: DOLFINx, one sample after another, any form.
             `CompiledKernel()`: C code that evaluates all samples of a batch at once, several times faster from eight samples on;
-            it takes no coordinates of the mesh as an input. All kernels give the same numbers, up to rounding.
+            it takes no coordinates of the mesh as an input. `TorchKernel(device=...)`: torch operations on any device,
+            differentiable to any order, which `export_residual` writes to a file; it looks at no values, so that it does not
+            raise `NotFinite`. All kernels give the same numbers, up to rounding.
         petsc_options: For `precondition` and `in_solution_units`, as for `Solve`.
 
     Call:

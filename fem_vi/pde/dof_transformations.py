@@ -66,7 +66,7 @@ def _stored(matrices: list[Array], class_of: NDArray[np.intp]) -> Transformation
 
 
 def transformation_matrix(element: Any, cell_info: int) -> Array | None:
-    """T of one cell of an element, for its permutation number; None where it is the identity for every cell."""
+    """T of one cell; None where it is the identity for every cell."""
     if isinstance(element, basix.ufl._MixedElement):
         parts = [(part.dim, transformation_matrix(part, cell_info)) for part in element.sub_elements]
         if all(matrix is None for _, matrix in parts):

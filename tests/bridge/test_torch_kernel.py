@@ -100,7 +100,7 @@ def test_third_derivative_against_finite_differences(build: Build) -> None:
     )
 
 
-def test_gradient_by_an_input_does_not_run_through_another(case: Any = None) -> None:
+def test_gradient_by_an_input_does_not_run_through_another() -> None:
     """m enters u as well: with create_graph, the partial gradient must not contain the way through u."""
     case = CASES["reaction"](MPI.COMM_SELF)
     residual = fem_vi.Residual(case.pde, kernel=fem_vi.TorchKernel())
@@ -200,6 +200,10 @@ def test_torch_compile_traces_the_whole() -> None:
 
 @pytest.mark.long
 def test_torch_compile() -> None:
+    try:
+        torch.compile(lambda x: x.sin().sum())(torch.ones(2))
+    except Exception as error:  # of a class that depends on torch's version
+        pytest.skip(f"torch.compile's default back end compiles nothing here: {str(error).splitlines()[0]}")
     case = CASES["reaction"](MPI.COMM_SELF)
     module = fem_vi.Residual(case.pde, kernel=fem_vi.TorchKernel()).function.module
     check_compiled(case, module, torch.compile(module, fullgraph=True))
@@ -357,7 +361,7 @@ def test_state_dict_is_all() -> None:
             TorchResidual.from_state_dict({key: value for key, value in state.items() if key != name})
 
 
-def test_samples_of_a_moved_module_agree_with_those_before(case: Any = None) -> None:
+def test_the_type_of_the_module_is_the_type_of_the_result() -> None:
     """float32 and back: the type of the buffers is the type of the result."""
     case = CASES["log_diffusion"](MPI.COMM_SELF)
     module = fem_vi.Residual(case.pde, kernel=fem_vi.TorchKernel()).function.module
