@@ -59,7 +59,7 @@ class JacobianRows:
             (rise,) = torch.autograd.grad(log_likelihood, self.xi)
         self.xi = self.xi.detach()
         self.gradient = self.xi - rise
-        self.log_likelihood = float(log_likelihood)
+        self.log_likelihood = float(log_likelihood.detach())
         self.value = float(0.5 * problem.prior.all_sum(self.xi.square().sum())) - self.log_likelihood
         self.jacobian = torch.stack(rows)
         self.gram = problem.prior.all_sum(self.jacobian @ self.jacobian.T)

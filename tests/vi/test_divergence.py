@@ -215,7 +215,7 @@ def test_forward_kl_of_given_samples_matches_their_moments():
         problem,
         FullRankNormal(affine.prior),
         ForwardKL(GivenSamples(m)),
-        steps=400,
+        steps=250,
         optimizer=Adam(lr=0.05),
         schedule=Cosine(final=1e-3),
         start=PresentParameters(),
