@@ -58,8 +58,8 @@ def plot_weights(
     fraction = np.arange(samples, 0, -1) / samples
     largest = [10.0]
     for name, posterior in posteriors.items():
-        samples, seed, batch = checked_draws(problem, posterior, samples, seed, batch)
-        log_weights = weighted_draws(problem, posterior, samples, seed, batch).log_weights
+        samples, seed, batch = checked_draws(problem, posterior, samples=samples, seed=seed, batch=batch)
+        log_weights = weighted_draws(problem, posterior, samples=samples, seed=seed, batch=batch).log_weights
         khat, _, _ = pareto_smoothed(log_weights)
         relative = (log_weights - log_weights.logsumexp(0) + math.log(samples)).sort().values.exp().numpy()
         largest.append(float(relative[-1]))

@@ -113,13 +113,13 @@ def diagnose(problem: InverseProblem, posterior: nn.Module, *, samples: int = 10
 
     MPI: Collective.
     """
-    samples, seed, batch = checked_draws(problem, posterior, samples, seed, batch)
-    draws = weighted_draws(problem, posterior, samples, seed, batch)
+    samples, seed, batch = checked_draws(problem, posterior, samples=samples, seed=seed, batch=batch)
+    draws = weighted_draws(problem, posterior, samples=samples, seed=seed, batch=batch)
     khat, smoothed, log_evidence = pareto_smoothed(draws.log_weights)
     with private_generator(seed), torch.no_grad():
         kl = closed_form_kl(posterior(), problem.prior)
         check = check_predictions(problem, draws.prediction)
-    shift, ratio = _correction(problem, posterior, smoothed, seed, batch)
+    shift, ratio = _correction(problem, posterior, smoothed, seed=seed, batch=batch)
     elbo, ess, limit = float(draws.log_weights.mean()), effective(smoothed), khat_limit(samples)
     close = log_evidence - elbo < EQUAL_WEIGHTS and ess > 0.95 * samples
     return Diagnosis(
@@ -141,11 +141,14 @@ def diagnose(problem: InverseProblem, posterior: nn.Module, *, samples: int = 10
     )
 
 
-def _correction(problem: InverseProblem, posterior: nn.Module, log_weights: Tensor, seed: int, batch: int) -> tuple[float, float]:
+def _correction(
+    problem: InverseProblem, posterior: nn.Module, log_weights: Tensor, *, seed: int, batch: int
+) -> tuple[float, float]:
     """Shift of the mean and ratio of standard deviations by the weights, root mean square over all unknowns. Collective."""
     prior = problem.prior
     plain = torch.full_like(log_weights, -math.log(len(log_weights)))
-    before, after = moments(problem, posterior, plain, seed, batch), moments(problem, posterior, log_weights, seed, batch)
+    before = moments(problem, posterior, plain, seed=seed, batch=batch)
+    after = moments(problem, posterior, log_weights, seed=seed, batch=batch)
     variance = before[1].clamp_min(torch.finfo(torch.float64).tiny)
     local = torch.stack([((after[0] - before[0]).square() / variance).sum(), (after[1] / variance).sum()])
     shift, ratio = (prior.all_sum(local) / prior.num_global).sqrt().tolist()

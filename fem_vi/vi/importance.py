@@ -88,10 +88,10 @@ def corrected_moments(
         >>> corrected = fem_vi.corrected_moments(problem, posterior)
         >>> corrected.mean, corrected.variance.sqrt(), corrected.khat
     """
-    samples, seed, batch = checked_draws(problem, posterior, samples, seed, batch)
-    draws = weighted_draws(problem, posterior, samples, seed, batch)
+    samples, seed, batch = checked_draws(problem, posterior, samples=samples, seed=seed, batch=batch)
+    draws = weighted_draws(problem, posterior, samples=samples, seed=seed, batch=batch)
     khat, smoothed, log_evidence = pareto_smoothed(draws.log_weights)
-    mean, variance, mean_error = moments(problem, posterior, smoothed, seed, batch)
+    mean, variance, mean_error = moments(problem, posterior, smoothed, seed=seed, batch=batch)
     weights = (draws.log_weights - draws.log_weights.max()).exp()
     return Corrected(
         mean=mean,
@@ -105,7 +105,7 @@ def corrected_moments(
     )
 
 
-def checked_draws(problem: InverseProblem, posterior: nn.Module, samples: int, seed: int, batch: int) -> tuple[int, int, int]:
+def checked_draws(problem: InverseProblem, posterior: nn.Module, *, samples: int, seed: int, batch: int) -> tuple[int, int, int]:
     """Arguments that are in range, and rank 0's seed.
 
     Raises:
@@ -123,7 +123,7 @@ def checked_draws(problem: InverseProblem, posterior: nn.Module, samples: int, s
 
 
 @torch.no_grad()
-def weighted_draws(problem: InverseProblem, posterior: nn.Module, samples: int, seed: int, batch: int) -> WeightedDraws:
+def weighted_draws(problem: InverseProblem, posterior: nn.Module, *, samples: int, seed: int, batch: int) -> WeightedDraws:
     """Draw, solve, and weigh. Collective."""
     weights, ratios, predictions = [], [], []
     with private_generator(seed):
@@ -139,7 +139,7 @@ def weighted_draws(problem: InverseProblem, posterior: nn.Module, samples: int, 
 
 @torch.no_grad()
 def moments(
-    problem: InverseProblem, posterior: nn.Module, log_weights: Tensor, seed: int, batch: int
+    problem: InverseProblem, posterior: nn.Module, log_weights: Tensor, *, seed: int, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean, variance, and standard error of the mean, `(n_owned,)` each, of the draws that `weighted_draws` made.
 

@@ -109,7 +109,7 @@ def test_energy_error_is_of_second_order():
     for rotations in (40, 80):
         with private_generator(3):
             state = target.begin(crowd.noise())
-            _, info = trajectory(target, state, 1.0 / rotations, rotations, 1.0)
+            _, info = trajectory(target, state, 1.0 / rotations, rotations=rotations, temperature=1.0)
         errors.append(-info.acceptance.clamp_min(1e-300).log())
     typical = errors[0] > errors[0].quantile(0.7)  # the others end with less energy, and all of those are accepted
     ratio = (errors[0] / errors[1])[typical & (errors[0] < 0.05)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from fem_vi.vi.mcmc.crowd import Crowd
 from fem_vi.vi.mcmc.kernel import Kernel
 from fem_vi.vi.mcmc.progress import sampling_bar
 from fem_vi.vi.mcmc.samples import Samples
-from fem_vi.vi.mcmc.target import Target
+from fem_vi.vi.mcmc.target import State, Target
 from fem_vi.vi.mcmc.warm_up import Adaptation, KeepReference, LearnDense, LearnDiagonal, warm_up
 from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.posterior.whitened import WhitenedNormal
@@ -90,16 +91,10 @@ def sample(
         target = Target(problem, Coordinates.of(problem.prior, reference), crowd, kernel.uses_gradient)
         state = target.begin(_first(target, start))
         with sampling_bar(plan.warmup + plan.draws, show=comm.rank == 0) as show:
-            target, state, size = warm_up(target, kernel, state, plan.warmup, plan.adaptation or KeepReference(), show)
-            kept = _Kept([], [], [], [])
-            for k in range(plan.draws):
-                state, info = kernel.step(target, state, size)
-                kept.acceptance.append(info.acceptance)
-                kept.diverged.append(info.diverged)
-                if (k + 1) % plan.thin == 0:
-                    kept.m.append(state.m)
-                    kept.log_joint.append(torch.stack([target.log_joint(state), state.log_likelihood]))
-                show(1.0)
+            target, state, size = warm_up(
+                target, kernel, state, steps=plan.warmup, adaptation=plan.adaptation or KeepReference(), show=show
+            )
+            kept = _draws(target, kernel, state, size=size, plan=plan, show=show)
     spent = torch.tensor([problem.cost.forward - before.forward, problem.cost.backward - before.backward], dtype=torch.float64)
     forward, backward = crowd.together(spent).tolist()
     density = crowd.collect(torch.stack(kept.log_joint).movedim(-1, 0))
@@ -142,6 +137,20 @@ class _Kept:
     log_joint: list[Tensor]
     acceptance: list[Tensor]
     diverged: list[Tensor]
+
+
+def _draws(target: Target, kernel: Kernel, state: State, *, size: float, plan: Plan, show: Callable[[float], None]) -> _Kept:
+    """Take the steps that count. Collective over the mesh."""
+    kept = _Kept([], [], [], [])
+    for k in range(1, plan.draws + 1):
+        state, info = kernel.step(target, state, size)
+        kept.acceptance.append(info.acceptance)
+        kept.diverged.append(info.diverged)
+        if k % plan.thin == 0:
+            kept.m.append(state.m)
+            kept.log_joint.append(torch.stack([target.log_joint(state), state.log_likelihood]))
+        show(1.0)
+    return kept
 
 
 def _checked(problem: InverseProblem, kernel: Kernel, plan: Plan, reference: object) -> Plan:

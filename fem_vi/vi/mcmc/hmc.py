@@ -53,4 +53,4 @@ class HMC:
         """Move every chain once: `length / size` forward and backward solves of each. Collective."""
         length = self.length * (1.0 + JITTER * (2.0 * target.crowd.one_uniform() - 1.0))
         rotations = min(max(round(length / size), 1), self.most_rotations)
-        return trajectory(target, state, size, rotations, temperature)
+        return trajectory(target, state, size, rotations=rotations, temperature=temperature)

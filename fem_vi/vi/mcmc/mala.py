@@ -42,4 +42,4 @@ class MALA:
 
     def step(self, target: Target, state: State, size: float, *, temperature: float = 1.0) -> tuple[State, Info]:
         """Move every chain once: one forward and one backward solve of each. Collective."""
-        return trajectory(target, state, size, 1, temperature)
+        return trajectory(target, state, size, rotations=1, temperature=temperature)

@@ -40,4 +40,4 @@ class PCN:
 
     def step(self, target: Target, state: State, size: float, *, temperature: float = 1.0) -> tuple[State, Info]:
         """Move every chain once: one forward solve of each. Collective."""
-        return rotate_once(target, state, size, temperature)
+        return rotate_once(target, state, size, temperature=temperature)

@@ -24,14 +24,14 @@ from fem_vi.vi.mcmc.target import State, Target
 QUARTER = 0.5 * math.pi
 
 
-def rotate_once(target: Target, state: State, angle: float, temperature: float) -> tuple[State, Info]:
+def rotate_once(target: Target, state: State, angle: float, *, temperature: float) -> tuple[State, Info]:
     """A step without kicks, accepted with probability min(1, exp(temperature (h(x') - h(x)))). Collective."""
     x = math.cos(angle) * state.x + math.sin(angle) * target.crowd.noise()
     proposal = target.attempt(x)
     return accept_or_stay(target, state, proposal, temperature * (proposal.excess - state.excess))
 
 
-def trajectory(target: Target, state: State, angle: float, rotations: int, temperature: float) -> tuple[State, Info]:
+def trajectory(target: Target, state: State, angle: float, *, rotations: int, temperature: float) -> tuple[State, Info]:
     """Kicks and rotations from a fresh velocity, accepted by the change of energy. Collective."""
     v = target.crowd.noise()
     cosine, sine, half = math.cos(angle), math.sin(angle), 0.5 * angle * temperature

@@ -94,7 +94,7 @@ def smc(
     comm = problem.prior.comm if grid is None else grid.comm
     with raise_on_all(comm):
         check_exact(problem)
-        plan = _checked(kernel, particles, islands, moves, ess, most_temperatures)
+        plan = _checked(kernel, Plan(particles, islands, moves, ess, most_temperatures))
         seed = whole("seed", seed)
     crowd = Crowd.create(problem.prior, plan.islands * plan.particles, grid, seed=seed, unit=plan.particles)
     before, began = Cost(problem.cost.forward, problem.cost.backward), time.monotonic()
@@ -132,16 +132,16 @@ class Plan:
     most_temperatures: int
 
 
-def _checked(kernel: Kernel, particles: int, islands: int, moves: int, ess: float, most: int) -> Plan:
+def _checked(kernel: Kernel, plan: Plan) -> Plan:
     check_kernel_type(kernel)
-    if not (is_number(ess) and 0.0 < ess < 1.0):
-        raise InvalidInput(f"ess is {ess!r:.80}; it is a fraction of the particles, between 0 and 1.")
+    if not (is_number(plan.ess) and 0.0 < plan.ess < 1.0):
+        raise InvalidInput(f"ess is {plan.ess!r:.80}; it is a fraction of the particles, between 0 and 1.")
     return Plan(
-        whole("particles", particles, least=2),
-        whole("islands", islands, least=2),
-        whole("moves", moves, least=1),
-        float(ess),
-        whole("most_temperatures", most, least=1),
+        whole("particles", plan.particles, least=2),
+        whole("islands", plan.islands, least=2),
+        whole("moves", plan.moves, least=1),
+        float(plan.ess),
+        whole("most_temperatures", plan.most_temperatures, least=1),
     )
 
 

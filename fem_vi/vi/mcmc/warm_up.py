@@ -46,7 +46,7 @@ Adaptation = KeepReference | LearnDiagonal | LearnDense
 
 
 def warm_up(
-    target: Target, kernel: Kernel, state: State, steps: int, adaptation: Adaptation, show: Callable[[float], None]
+    target: Target, kernel: Kernel, state: State, *, steps: int, adaptation: Adaptation, show: Callable[[float], None]
 ) -> tuple[Target, State, float]:
     """Take `steps` steps that do not count.
 
