@@ -66,8 +66,8 @@ class PlainVariance:
     """Take the field as the Robin condition leaves it.
 
     On the unit square with `length` 0.15 the pointwise standard deviation is within 8 % of `std` everywhere on a mesh of 40 x 40
-    cells with alpha = 2; on coarser ones, in three dimensions and for other alpha it is less exact: on a cube of 16 cells a side it
-    is 1.03 times `std` or more at a length of 0.2, and 1.7 times in corners.
+    cells with alpha = 2; on coarser ones, in three dimensions and for other alpha it is less exact: on a cube of 16 cells a side
+    it is 1.03 times `std` or more at a length of 0.2, and 1.7 times in corners.
 
     References:
         Roininen, Huttunen, Lasanen (2014), Whittle-Matern priors for Bayesian statistical inversion.
