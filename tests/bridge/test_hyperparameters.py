@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 import fem_vi
+from fem_vi.pde import shifted
 from tests.bridge.test_field_prior import covariance_with, dense_root, matern, space
 from tests.helpers import interpolated
 
@@ -223,14 +224,16 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 @pytest.mark.mpi
-def test_iterative_solver_draws_and_has_divergences_but_no_density() -> None:
+def test_large_priors_are_solved_by_multigrid_without_a_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default of large spaces, made that of a small one: draws, whitening and divergences, against Cholesky."""
     V = space(3, 2, COMM)
     exact = fem_vi.MaternField(V, std=0.8, length=0.4)
-    prior = fem_vi.MaternField(V, std=0.8, length=0.4, petsc_options={"ksp_type": "cg", "pc_type": "hypre", "ksp_rtol": 1e-12})
+    monkeypatch.setattr(shifted, "LATER", 0)
+    prior = fem_vi.MaternField(V, std=0.8, length=0.4)
     xi = prior.white_noise((2,))
-    assert torch.allclose(prior.unwhiten(xi), exact.unwhiten(xi), rtol=1e-8, atol=1e-9)
-    assert torch.allclose(prior.whiten(prior.unwhiten(xi)), xi, rtol=1e-7, atol=1e-8)
+    assert torch.allclose(prior.unwhiten(xi), exact.unwhiten(xi), rtol=1e-6, atol=1e-7)
+    assert torch.allclose(prior.whiten(prior.unwhiten(xi)), xi, rtol=1e-6, atol=1e-6)
     posterior = fem_vi.LowRankNormal(prior, rank=3)
-    assert float(torch.distributions.kl_divergence(posterior(), prior)) > 0.0
+    assert float(torch.distributions.kl_divergence(posterior(), prior).detach()) > 0.0
     with pytest.raises(fem_vi.SolveFailed, match=r"draws.*divergences"):
         prior.log_prob(xi)
