@@ -160,7 +160,9 @@ def _check_condition(space: Any, bc: object, number: int) -> None:
             f"bcs[{number}] is a condition on another function space than the state's; build it on the state's space."
         )
     if space.mesh.comm.size > 1 and np.any(np.diff(bc.dof_indices()[0]) < 0):
-        raise InvalidInput(f"bcs[{number}] has dofs that are not sorted, which DOLFINx wants on several ranks; take numpy.unique.")
+        raise InvalidInput(
+            f"bcs[{number}] has dofs that are not sorted, which DOLFINx wants on several ranks; take numpy.unique."
+        )
 
 
 def _entries(space: Any, bc: fem.DirichletBC, given: Input, dofs: Dofs) -> Dofs:

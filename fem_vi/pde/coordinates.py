@@ -39,8 +39,8 @@ def coordinates(mesh: Any) -> Coordinates:
 
     Raises:
         InvalidInput: For other meshes.
-        UnsupportedForm: By `WeakForm` and `Functional`, for a form with a diameter or an edge length of cells (the volume of a cell
-            is differentiated).
+        UnsupportedForm: By `WeakForm` and `Functional`, for a form with a diameter or an edge length of cells (volumes are
+            differentiated).
 
     MPI: Collective.
 
@@ -138,8 +138,8 @@ def check_shape_derivative(form: ufl.Form) -> None:
     found = [kind.__name__ for kind in _SIZES if extract_type(form, kind)]
     if found:
         raise UnsupportedForm(
-            f"The form contains {found[0]}, which UFL takes for a constant when it differentiates for the coordinates of the mesh. "
-            "Use ufl.CellVolume(mesh) ** (1 / d) for the size of a cell, or leave the coordinates out of the inputs."
+            f"The form contains {found[0]}, which UFL takes for a constant when it differentiates for coordinates of the "
+            "mesh. Use ufl.CellVolume(mesh) ** (1 / d) for the size of a cell, or leave the coordinates out of the inputs."
         )
 
 

@@ -212,7 +212,8 @@ class Factor:
         """Solve for a random right-hand side, which a singular matrix, unlike one that fits it, does not survive. Collective.
 
         Where no pressure or no mean value is fixed the right-hand sides of the problem itself may all fit, and the answer is then
-        any of many; inputs may bring that about at any call. The residual that is checked here need not be checked again. Iterative methods are not asked: they would take their last iteration to notice.
+        any of many; inputs may bring that about at any call. Solutions after this one are not checked again. Iterative methods
+        are not asked: they would take their last iteration to notice.
         """
         if self._direct and self._suits:
             if self._random is None:

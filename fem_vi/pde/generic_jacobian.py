@@ -127,8 +127,9 @@ def _current(given: Input) -> Array:
 def _points(pde: WeakForm) -> list[list[Array]]:
     """Owned values of the state and of each input, at each point.
 
-    The values that the caller has set may lie where the drawn ones do not, on the other side of a condition. Values of both signs take both branches of a conditional; positive ones suit square roots and logarithms; a state near the
-    initial guess suits forms that are defined for moderate gradients only, such as those of hyperelasticity.
+    The values that the caller has set may lie on the other side of a condition than any that are drawn. Values of both signs
+    take both branches of a conditional; positive ones suit square roots and logarithms; a state near the initial guess suits
+    forms that are defined for moderate gradients only, such as those of hyperelasticity.
     """
     alike, own = np.random.default_rng(SEED), np.random.default_rng((SEED, pde.comm.rank))
 
