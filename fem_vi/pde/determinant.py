@@ -11,7 +11,7 @@ from functools import cached_property
 
 from fem_vi.errors import UnsupportedForm
 from fem_vi.parallel import fingerprint
-from fem_vi.pde.factors import FactorPool
+from fem_vi.pde.factors import Factor, FactorPool
 from fem_vi.pde.generic_jacobian import GenericJacobian
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.jacobian_trace import Blocks, JacobianBlocks, TraceGradient
@@ -70,7 +70,14 @@ class ExactDeterminant:
         options = Options({"pc_type": method, "mat_mumps_icntl_33": 1}, watched=[])
         self.samples = JacobianSamples(pde)
         self._pde = pde
-        self.factors = FactorPool(pde.jacobian, pde.boundary, options, factor_budget, is_symmetric=jacobian.is_symmetric)
+        self.factors = FactorPool(
+            pde.jacobian,
+            pde.boundary,
+            options,
+            factor_budget,
+            is_symmetric=jacobian.is_symmetric,
+            check=Factor.log_determinant,  # PETSc cannot solve any more where MUMPS has given entries of the inverse
+        )
 
     @cached_property
     def _blocks(self) -> JacobianBlocks:

@@ -328,6 +328,7 @@ class FactorPool:
         budget: Bytes, per rank; one factor is kept whatever its size.
         prepare: What to do with each new matrix.
         is_symmetric: Whether the Jacobian is known to be symmetric wherever it is taken.
+        check: What a new factorisation must survive: it raises `SolveFailed` where that is of no use.
     """
 
     def __init__(
@@ -339,8 +340,9 @@ class FactorPool:
         *,
         prepare: Callable[[PETSc.Mat], None] = lambda matrix: None,
         is_symmetric: bool = False,
+        check: Callable[[Factor], object] = Factor.probe,
     ) -> None:
-        self._prepare = prepare
+        self._prepare, self._check = prepare, check
         self._is_symmetric = is_symmetric
         self._form = MatrixForm(form, boundary.bcs)
         self._options = options
@@ -381,7 +383,7 @@ class FactorPool:
         factor = self._vacant()
         self._spare = factor
         factor.rebuild()
-        factor.probe()
+        self._check(factor)
         self._factors[key], self._spare = factor, None
         self.num_factorisations += 1
         if self.num_factorisations == 1:
