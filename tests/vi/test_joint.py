@@ -154,7 +154,10 @@ def test_unknown_noise_of_a_field_inversion_by_quadrature():
     tempered = fem_vi.smc(problem, fem_vi.MALA(), particles=150, islands=8, moves=10)
     assert abs(tempered.log_evidence - log_evidence) < 5 * tempered.log_evidence_error
     assert tempered.log_evidence_error < 0.15
-    assert abs(float(prior.split(tempered.mean)["s"]) - mean) < 5 * float(prior.split(tempered.mean_error)["s"])
+    # Over twelve seeds the mean misses by 0.0071 (rms), and the eight islands, which share their step sizes, say 0.0053: a tenth
+    # of the deviation is three times what it misses by, and what its own error says is too uncertain to be a bound.
+    assert abs(float(prior.split(tempered.mean)["s"]) - mean) < 0.1 * sd
+    assert 0.001 < float(prior.split(tempered.mean_error)["s"]) < 0.02
     assert float(prior.split(tempered.variance)["s"]) ** 0.5 == pytest.approx(sd, rel=0.15)
 
 
