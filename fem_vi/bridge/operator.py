@@ -188,7 +188,7 @@ class BatchedOperator(ABC):
     def call(self, inputs: Sequence[Tensor]) -> Call:
         """The plan of a call whose inputs have been checked, each by itself; its samples may be differentiated. Collective."""
         batch, rows = plan(self._name, inputs, self.inputs)
-        self._check_ranks(batch, inputs)
+        self._check_batch(batch)
         return Call(next(_calls), batch, rows, keep=True)
 
     def _check_finite(self, out: Array) -> None:
@@ -225,12 +225,22 @@ class BatchedOperator(ABC):
         if self.comm.size == 1:
             return
         constants = [as_numpy(x).tobytes() for x, given in zip(inputs, self.inputs, strict=True) if not given.is_field]
-        seen = all_values(self.comm, (batch, [zlib.crc32(values) for values in constants]))
-        if any(other[0] != seen[0][0] for other in seen):
-            raise InvalidInput(f"{self._name}: the batch axes differ between ranks: {[other[0] for other in seen]}.")
-        if any(other[1] != seen[0][1] for other in seen):
+        self._check_batch(batch)
+        if not constants:
+            return
+        seen = all_values(self.comm, [zlib.crc32(values) for values in constants])
+        if any(other != seen[0] for other in seen):
             raise InvalidInput(
                 f"{self._name}: the values of a Constant differ between ranks; they must be replicated. Seed all ranks alike."
+            )
+
+    def _check_batch(self, batch: tuple[int, ...]) -> None:
+        """Refuse batches that differ between ranks. Collective."""
+        seen = all_values(self.comm, batch)
+        if any(other != seen[0] for other in seen):
+            raise InvalidInput(
+                f"{self._name}: the batch axes differ between ranks: {seen}. Does torch.func.jacfwd or hessian go through a "
+                "field tensor? Ranks own parts of different lengths; go through fem_vi.distribute."
             )
 
 

@@ -370,3 +370,14 @@ def test_saved_tensors_may_be_packed() -> None:
                 x.add_(1.0)
         for a, b in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(COMM.size == 1, reason="one rank cannot differ from another")
+def test_lanes_that_differ_between_ranks_are_refused() -> None:
+    """As `torch.func.jacfwd` of a field tensor makes them, where ranks own parts of different lengths."""
+    case = CASES["log_diffusion"](COMM)
+    solve, (m,) = fem_vi.Solve(case.pde), case.values
+    lanes = torch.ones(2 + COMM.rank, m.numel(), dtype=torch.float64)
+    with pytest.raises(fem_vi.InvalidInput, match=r"differ between ranks.*jacfwd"):
+        torch.func.vmap(lambda v: torch.func.jvp(solve, (m,), (v,))[1])(lanes)
