@@ -265,8 +265,8 @@ def test_flow_meets_quadrature_where_normals_do_not(name):
     bad = [diagnose(problem, normal, samples=5000, batch=2500, seed=seed) for seed in range(3)]
     assert log_evidence - bad[0].elbo > 0.1
     if name == "banana":  # k-hat cannot see a mode without any draw, and tails of a funnel are hard to tell from 5,000 draws
-        # Where weights are all but equal, k-hat is the shape of a tail of next to nothing: 0.4 to 0.85 for the flow, from seed to seed,
-        # with 99 % of the samples effective; of the normal's 2 to 20 % are.
+        # Where weights are all but equal, k-hat is the shape of a tail of next to nothing: 0.4 to 0.85 for the flow, from seed to
+        # seed, with 99 % of the samples effective; of the normal's 2 to 20 % are.
         assert min(each.ess / each.samples for each in good) > 0.95
         assert max(each.ess / each.samples for each in bad) < 0.5
         assert sorted(each.khat for each in bad)[1] > 0.7
