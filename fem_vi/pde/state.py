@@ -8,12 +8,13 @@ import numpy as np
 from petsc4py import PETSc
 
 from fem_vi.errors import SolveFailed
-from fem_vi.parallel import fingerprint
+from fem_vi.parallel import any_rank, fingerprint
 from fem_vi.pde.assemble import VectorForm, create_vector_form
 from fem_vi.pde.boundary import Boundary
+from fem_vi.pde.coordinates import CoordinateInput
 from fem_vi.pde.coupling import InputMatrix, constant_matrices, without
-from fem_vi.pde.factors import WAY_OUT, FactorPool, lacks_workspace, petsc_words, reason_name
-from fem_vi.pde.inputs import Array, FunctionInput
+from fem_vi.pde.factors import WAY_OUT, Factor, FactorPool, lacks_workspace, petsc_words, reason_name
+from fem_vi.pde.inputs import Array, FunctionInput, Input
 from fem_vi.pde.matrix import Matrix
 from fem_vi.pde.petsc_options import Option, Options
 from fem_vi.pde.solver_choice import choose_solver
@@ -48,6 +49,7 @@ class StateEquation:
         choice = choose_solver(pde, petsc_options)
         self.options = choice.options
         self._options = Options(choice.options, watched=petsc_options)
+        self.jacobian_inputs = pde.occurs_in(pde.jacobian) if pde.is_linear else tuple(range(len(pde.inputs)))
         self.factors = FactorPool(
             pde.jacobian,
             pde.boundary,
@@ -55,8 +57,8 @@ class StateEquation:
             factor_budget,
             prepare=choice.prepare,
             is_symmetric=choice.is_symmetric,
+            check=_FactorCheck(pde, self.jacobian_inputs),
         )
-        self.jacobian_inputs = pde.occurs_in(pde.jacobian) if pde.is_linear else tuple(range(len(pde.inputs)))
         self.matrices = constant_matrices(pde)
         self._solver = (
             _LinearSolve(pde, self.factors, self.matrices) if pde.is_linear else _NonlinearSolve(pde, self.factors, self._options)
@@ -225,6 +227,31 @@ class StateEquation:
             return self.factors.get(key).solve_many(right, transposed=True)
         except SolveFailed as error:
             return g, dict.fromkeys(range(len(g)), error)
+
+
+class _FactorCheck:
+    """Probe the first factorisation, and those at inputs that may make a Jacobian singular which is regular elsewhere.
+
+    What does so is a Constant, or a field that is the same everywhere, such as a reaction that vanishes; a field that varies
+    meets a singular matrix by chance only, and a probe costs a solve. Collective. Holds no reference to the factors.
+    """
+
+    def __init__(self, pde: WeakForm, positions: Sequence[int]) -> None:
+        self._comm = pde.comm
+        self._seen = [pde.inputs[k] for k in positions]
+        self._is_first = True
+
+    def __call__(self, factor: Factor) -> None:
+        if self._is_first or any_rank(self._comm, any(_is_uniform(given) for given in self._seen)):
+            factor.probe()
+        self._is_first = False
+
+
+def _is_uniform(given: Input) -> bool:
+    """Whether all entries of what is loaded are equal; coordinates never are. Not collective."""
+    if isinstance(given, CoordinateInput) or given.size == 0:
+        return False
+    return not given.is_field or bool(np.ptp(given.coefficients.owned) == 0.0)  # type: ignore[union-attr]
 
 
 class _LinearSolve:
