@@ -493,3 +493,44 @@ def test_sparse_precision_is_the_exact_posterior_of_local_data() -> None:
     torch.testing.assert_close(gather(q.variance), prior.gather(torch.linalg.inv(precision).diagonal()), rtol=1e-7, atol=0.0)
     run = fem_vi.fit(problem, posterior, fem_vi.ELBO(samples=4), steps=2, start=fem_vi.PresentParameters())
     assert run.history[-1].elbo == pytest.approx(float(evidence), abs=1e-5)
+
+
+@pytest.mark.mpi
+def test_an_error_in_a_callback_on_one_rank_is_raised_on_all() -> None:
+    problem = kriging(COMM)
+
+    def callback(row: object) -> None:
+        if COMM.rank == COMM.size - 1:
+            raise ValueError("an error of mine")
+
+    posterior, start = fem_vi.MeanFieldNormal(problem.prior), fem_vi.PresentParameters()
+    with pytest.raises((ValueError, fem_vi.FailedOnAnotherRank), match="an error of mine"):
+        fem_vi.fit(problem, posterior, fem_vi.ELBO(samples=2), steps=2, callbacks=[callback], start=start)
+
+
+@pytest.mark.mpi
+def test_an_error_in_a_forward_map_on_one_rank_is_raised_on_all() -> None:
+    problem = kriging(COMM)
+
+    def forward(m: torch.Tensor) -> torch.Tensor:
+        if COMM.rank == COMM.size - 1:
+            raise ValueError("an error of mine")
+        return torch.zeros(*m.shape[:-1], len(problem.y), dtype=F64)
+
+    other = fem_vi.InverseProblem(problem.prior, forward, problem.likelihood, problem.y)
+    with pytest.raises((ValueError, fem_vi.FailedOnAnotherRank), match="an error of mine"):
+        other.log_joint(problem.prior.rsample((2,)))
+
+
+@pytest.mark.mpi
+def test_a_rank_may_own_no_unknowns() -> None:
+    """Two triangles: on three ranks one has neither cells nor nodes."""
+    V = fem.functionspace(mesh.create_unit_square(COMM, 1, 1), ("Lagrange", 1))
+    prior, observe = fem_vi.MaternField(V, std=1.0, length=0.5), fem_vi.PointObservation(V, [[0.3, 0.2]])
+    problem = fem_vi.InverseProblem(prior, observe, fem_vi.GaussianNoise(0.1), torch.tensor([0.4]))
+    run = fem_vi.fit(problem, fem_vi.LowRankNormal(prior, rank=1), fem_vi.ELBO(samples=4), steps=3)
+    B = observe(prior.scatter(torch.eye(4, dtype=F64)))
+    root = prior.gather(prior.unwhiten(prior.scatter(torch.eye(4, dtype=F64))) - prior.mean)
+    variance = float((root @ B).square().sum()) + 0.01
+    evidence = -0.5 * (0.16 / variance + math.log(2 * math.pi * variance))
+    assert run.history[-1].elbo == pytest.approx(evidence, abs=1e-6)

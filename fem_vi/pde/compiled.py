@@ -87,7 +87,7 @@ class _CompiledResidual(BatchKernel):
         self._gradients: dict[tuple[int, ...], tuple[list[int], BatchForm | None]] = {}
 
     def _create(self, form: ufl.Form, blocks: Sequence[Any]) -> BatchForm | None:
-        return None if form.empty() else BatchForm(form, blocks, self._pde._fixed, self._mesh)
+        return None if form.empty() else BatchForm(form, blocks, self._pde.fixed, self._mesh)
 
     @cached_property
     def _tangent(self) -> Tangent:

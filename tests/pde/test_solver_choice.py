@@ -252,3 +252,15 @@ def test_without_mumps_cholesky_is_for_positive_diagonals(name: str, method: str
     """PETSc's own does not pivot."""
     monkeypatch.setattr(solver_choice, "_has", lambda package: False)
     assert choose_solver(CASES[name](MPI.COMM_SELF).pde, {}).options["pc_type"] == method
+
+
+def test_values_that_the_caller_has_set_are_looked_at() -> None:
+    """Above a temperature that no random value reaches, an advection that is not symmetric sets in."""
+    V = fem.functionspace(square(MPI.COMM_SELF), ("Lagrange", 1))
+    u, T, v = fem.Function(V), fem.Function(V), ufl.TestFunction(V)
+    F = (ufl.inner(ufl.grad(u), ufl.grad(v)) + u * v + ufl.conditional(ufl.gt(T, 273.0), 50.0, 0.0) * u.dx(0) * v - v) * ufl.dx
+    methods = []
+    for kelvin in (0.0, 300.0):
+        T.x.array[:] = kelvin
+        methods.append(choose_solver(fem_vi.WeakForm(F, state=u, inputs=[T]), {}).options["pc_type"])
+    assert methods == ["cholesky", "lu"]
