@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from typing import Any
 
 from rich.console import Console
@@ -18,3 +19,10 @@ def report(comm: Any, *what: object) -> None:
     """
     if comm.rank == 0:
         Console().print(*what)
+
+
+def as_text(what: object) -> str:
+    """What rich prints of something, a hundred columns wide: `str` of a report. Not collective."""
+    text = StringIO()
+    Console(file=text, width=100).print(what)
+    return text.getvalue()

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from scipy import stats
@@ -23,6 +22,7 @@ from torch.distributions import Distribution
 from fem_vi.arguments import instance, whole
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all, shared_seed
+from fem_vi.report import as_text
 from fem_vi.vi.mcmc.samples import Samples
 from fem_vi.vi.mcmc.tempered import Tempered
 from fem_vi.vi.problem import InverseProblem
@@ -78,9 +78,7 @@ class Calibration:
         return Group(table, Text(f"Truths inside central intervals: {covered}."), Text(self.verdict))
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=100).print(self)
-        return text.getvalue()
+        return as_text(self)
 
 
 def calibrate(

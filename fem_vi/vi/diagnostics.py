@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from io import StringIO
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from fem_vi.report import as_text
 from fem_vi.vi.importance import (
     checked_draws,
     effective,
@@ -88,9 +88,7 @@ class Diagnosis:
         return Group(table, Text(self.verdict))
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=100).print(self)
-        return text.getvalue()
+        return as_text(self)
 
 
 def diagnose(problem: InverseProblem, posterior: nn.Module, *, samples: int = 1000, seed: int = 0, batch: int = 50) -> Diagnosis:

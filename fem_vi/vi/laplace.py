@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from io import StringIO
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from fem_vi.arguments import instance, whole
 from fem_vi.parallel import raise_on_all
+from fem_vi.report import as_text
 from fem_vi.vi.mode import Convergence
 from fem_vi.vi.posterior.low_rank import LowRankNormal
 from fem_vi.vi.problem import InverseProblem
@@ -52,9 +51,7 @@ class LaplaceReport:
         return table
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=100).print(self)
-        return text.getvalue()
+        return as_text(self)
 
 
 class LaplaceNormal(LowRankNormal):

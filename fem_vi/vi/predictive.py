@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from io import StringIO
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from fem_vi.arguments import instance, whole
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all, shared_seed
+from fem_vi.report import as_text
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.randomness import private_generator
 
@@ -55,9 +55,7 @@ class PredictiveCheck:
         return Group(table, Text(self.verdict))
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=100).print(self)
-        return text.getvalue()
+        return as_text(self)
 
 
 def predictive_check(problem: InverseProblem, m: Tensor, *, batch: int = 50, seed: int = 0) -> PredictiveCheck:

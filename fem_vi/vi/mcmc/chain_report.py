@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from io import StringIO
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from arviz_stats.base import array_stats
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from fem_vi.parallel import max_over_ranks
+from fem_vi.report import as_text
 
 if TYPE_CHECKING:
     from fem_vi.vi.mcmc.samples import Samples
@@ -70,9 +70,7 @@ class ChainReport:
         return Group(table, Text(self.verdict))
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=100).print(self)
-        return text.getvalue()
+        return as_text(self)
 
 
 def chain_report(samples: Samples) -> ChainReport:

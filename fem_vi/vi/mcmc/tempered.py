@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from fem_vi.report import as_text
 from fem_vi.vi.problem import Cost, InverseProblem
 
 if TYPE_CHECKING:
@@ -121,9 +121,7 @@ class Tempered:
         return Group(table, Text(self.verdict))
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=100).print(self)
-        return text.getvalue()
+        return as_text(self)
 
     def to_arviz(self, name: str = "m") -> xarray.DataTree:
         """The particles as ArviZ 1.x takes them, islands as chains; see `Samples.to_arviz`. Collective."""
