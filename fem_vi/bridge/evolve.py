@@ -208,9 +208,14 @@ class _Back:
         self._carried: Array = np.zeros(g.shape[-1])
 
     def total(self, state: int) -> Array:
-        """G of a state: what later states carried back, and what the loss sees of it itself."""
+        """G of the state that has been reached: what later states carried back, and what the loss sees of it itself.
+
+        To be asked for once a state: the sum is made in place.
+        """
         row = self._evolve._row.get(state)
-        return self._carried if row is None else self._carried + self._g[row]
+        if row is not None:
+            self._carried += self._g[row]
+        return self._carried
 
     def pull_back(self, step: int, old: Array, new: Array) -> None:
         """From the end of a step to its start. Collective."""

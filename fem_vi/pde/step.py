@@ -137,14 +137,11 @@ class TimeStep:
             lam = self._equation.solve_transposed(g, key)
         except SolveFailed as error:
             raise SolveFailed(f"adjoint: {error}") from error
-        g_old = np.zeros_like(g)
+        by_form = np.zeros_like(g) if self._coupling is None else None
         if not by_matrix:
             self._vjp.load(lam)
-            at_previous = None if self._coupling is not None else g_old
-            self._vjp.add_implicit(g, [*self._at(step, rows), at_previous, *(None for _ in self._clocks)])
-        if self._coupling is not None:
-            self._coupling.assemble(self._parts(given, step, self._coupling_inputs))
-            np.negative(self._coupling.multiply_transposed(lam), out=g_old)
+            self._vjp.add_implicit(g, [*self._at(step, rows), by_form, *(None for _ in self._clocks)])
+        g_old = self._times_coupling(given, step, lam) if by_form is None else by_form
         if self._new_each_step:
             self._equation.factors.release(key)
         return g_old
@@ -170,6 +167,12 @@ class TimeStep:
             b -= self._coupling.rest(rest_key)
         b[self.pde.boundary.owned] = 0.0
         return self._equation.solve_linear(b, key)
+
+    def _times_coupling(self, given: Trajectory, step: int, lam: Array) -> Array:
+        """-(dF/du_old)^T lam by the matrix."""
+        assert self._coupling is not None
+        self._coupling.assemble(self._parts(given, step, self._coupling_inputs))
+        return -self._coupling.multiply_transposed(lam)
 
     def _coupling_is_assembled(self, given: Trajectory, step: int) -> bool:
         assert self._coupling is not None
