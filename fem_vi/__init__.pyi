@@ -57,6 +57,8 @@ from .pde.mesh import MeshData as MeshData
 from .pde.mesh import read_mesh as read_mesh
 from .pde.points import MaskOutside as MaskOutside
 from .pde.points import RaiseOutside as RaiseOutside
+from .pde.subset import Cells as Cells
+from .pde.subset import Patches as Patches
 from .pde.weak_form import WeakForm as WeakForm
 from .plot import plot_field as plot_field
 from .plot import save_figure as save_figure

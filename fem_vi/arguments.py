@@ -6,6 +6,9 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fem_vi.errors import InvalidInput
 
 
@@ -60,3 +63,32 @@ def instance(name: str, value: object, *kinds: type) -> None:
     """
     if not isinstance(value, kinds):
         raise InvalidInput(f"{name} is {value!r:.80}; it must be of type {' or '.join(kind.__name__ for kind in kinds)}.")
+
+
+def indices(name: str, given: Any, *, size: int, owning: str) -> NDArray[np.int64]:
+    """Indices as whole numbers from 0 to size - 1.
+
+    Args:
+        name: How an error calls them.
+        given: What the user passed.
+        size: How many there are to choose from.
+        owning: How an error says that this rank has them.
+
+    Raises:
+        InvalidInput: For anything else. Not collective.
+    """
+    try:
+        chosen = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{name} is {given!r:.80}; it must be a list or tensor of whole numbers.") from error
+    if chosen.ndim != 1 or not (np.issubdtype(chosen.dtype, np.integer) or chosen.size == 0):
+        raise InvalidInput(
+            f"{name} has shape {chosen.shape} and type {chosen.dtype}; it must have one axis, of whole numbers. For a mask take "
+            "torch.nonzero(mask).ravel()."
+        )
+    wrong = chosen[(chosen < 0) | (chosen >= size)]
+    if wrong.size:
+        raise InvalidInput(
+            f"{name} contains {wrong[0]}; this rank {owning} 0 to {size - 1}. They are local, of each rank its own."
+        )
+    return chosen.astype(np.int64)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from fem_vi.bridge.call import Call
 from fem_vi.bridge.logdet import ExactLogdet, LogdetEstimate, LogdetMethod, StochasticLogdet, create_logdet
 from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.bridge.precondition import PreconditionedResidual
-from fem_vi.bridge.rows import RowChooser, RowSampler
+from fem_vi.bridge.rows import RowChooser, Sampler
 from fem_vi.bridge.solution_units import SolutionUnits
 from fem_vi.bridge.weighted import WeightedResidual
 from fem_vi.errors import InvalidInput
@@ -23,6 +24,7 @@ from fem_vi.parallel import raise_on_all
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Rows, Samples
 from fem_vi.pde.petsc_options import Option
+from fem_vi.pde.subset import Cells, Patches
 from fem_vi.pde.weak_form import WeakForm
 
 _ASSEMBLED = AssembledKernel()
@@ -49,6 +51,8 @@ class Residual:
         `residual(u, *inputs, rows=indices)`: the entries of some test functions only, `(*batch, len(indices))`: rows of this
         rank, local numbers below n_owned, in that order; each rank has its own, perhaps none. Only the cells in their reach are
         visited, by DOLFINx whatever the kernel. Whether the rows are given is the same on all ranks.
+        `residual(u, *inputs, rows=Cells(indices))`, `rows=Patches(vertices)`: those that reach some cells, or live in some
+        patches, in the order of `find_rows`.
 
     Raises:
         InvalidInput: Where `kernel` is no kernel. See also `BatchedOperator.__call__`.
@@ -76,7 +80,7 @@ class Residual:
         created = kernel.create(pde)
         self.function: Any = BatchedResidual(pde, created) if isinstance(created, BatchKernel) else created
 
-    def __call__(self, u: Tensor, *inputs: Tensor, rows: Tensor | Sequence[int] | None = None) -> Tensor:
+    def __call__(self, u: Tensor, *inputs: Tensor, rows: Tensor | Sequence[int] | Cells | Patches | None = None) -> Tensor:
         """Evaluate; see the class. Collective."""
         if rows is not None:
             return self._chooser.at(rows)(u, *inputs)
@@ -122,7 +126,64 @@ class Residual:
             >>> r = residual(u, m, rows=residual.sample_rows(64))
             >>> loss = fem_vi.all_sum(r.square().sum(-1), mesh.comm)
         """
-        return self._sampler.draw(count)
+        return self._row_sampler.draw(count)
+
+    def sample_cells(self, count: int) -> Cells:
+        """Cells drawn at random, without repetition, from those of all ranks.
+
+        Test functions of many cells are drawn more often than others; where that matters take `sample_rows`.
+
+        Args:
+            count: How many on all ranks together.
+
+        Returns:
+            Those that this rank owns, for `rows=`.
+
+        Raises:
+            InvalidInput: On every rank, where there are fewer.
+
+        MPI: Collective. The draw is that of rank 0's torch generator.
+
+        Example:
+            >>> r = residual(u, m, rows=residual.sample_cells(16))
+        """
+        return Cells(self._cell_sampler.draw(count))
+
+    def sample_patches(self, count: int, *, rings: int = 1) -> Patches:
+        """Patches around vertices that are drawn at random, without repetition, from those of all ranks.
+
+        Args:
+            count: How many on all ranks together.
+            rings: Layers of cells of each, at least 1.
+
+        Returns:
+            Those of the vertices that this rank owns, for `rows=`. Of a patch at the boundary, test functions may be missing.
+
+        Raises:
+            InvalidInput: On every rank, where there are fewer vertices.
+
+        MPI: Collective. The draw is that of rank 0's torch generator.
+        """
+        return Patches(self._vertex_sampler.draw(count), rings)
+
+    def find_rows(self, subset: Cells | Patches) -> Tensor:
+        """The rows of a subset, in the order in which `residual(..., rows=subset)` has them.
+
+        Args:
+            subset: `Cells(indices)` or `Patches(vertices)`.
+
+        Returns:
+            Local numbers of rows of this rank, ascending, int64, without rows where a value is prescribed. A subset may have rows
+            on other ranks than the one that named it.
+
+        Raises:
+            InvalidInput: On every rank, where the subset does not fit the mesh.
+
+        MPI: Collective.
+        """
+        with raise_on_all(self.pde.comm):
+            instance("subset", subset, Cells, Patches)
+        return torch.from_numpy(self._chooser.find(subset))
 
     def precondition(self, *, reference: Tensor | Sequence[Tensor] = (), state: Tensor | None = None) -> PreconditionedResidual:
         """The residual times A0^-1, where A0 = dr/du at a reference, factorised now and kept.
@@ -208,8 +269,17 @@ class Residual:
         return {}
 
     @cached_property
-    def _sampler(self) -> RowSampler:
-        return RowSampler(self.pde)
+    def _row_sampler(self) -> Sampler:
+        free = np.setdiff1d(np.arange(self.pde.unknown.size), self.pde.boundary.owned)
+        return Sampler(self.pde.comm, free, "rows without a prescribed value")
+
+    @cached_property
+    def _cell_sampler(self) -> Sampler:
+        return Sampler(self.pde.comm, np.arange(self._chooser.subsets.num_cells), "cells")
+
+    @cached_property
+    def _vertex_sampler(self) -> Sampler:
+        return Sampler(self.pde.comm, np.arange(self._chooser.subsets.num_vertices), "vertices")
 
     @cached_property
     def _chooser(self) -> RowChooser:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fem_vi.arguments import whole
+from fem_vi.arguments import indices, whole
 from fem_vi.bridge.call import Call
 from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.errors import InvalidInput
@@ -23,6 +24,7 @@ from fem_vi.parallel import all_values, raise_on_all, shared_seed
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import AssembledResidual, BatchKernel
 from fem_vi.pde.region import Region
+from fem_vi.pde.subset import Cells, Patches, SubsetFinder
 from fem_vi.pde.weak_form import WeakForm
 
 if TYPE_CHECKING:
@@ -98,52 +100,53 @@ class RowChooser:
 
     def at(self, rows: object) -> RowsResidual:
         """The residual in some rows; see `Residual.__call__`. Collective."""
-        with raise_on_all(self._pde.comm):
-            chosen = _checked(rows, self._pde.unknown.size)
-        return RowsResidual(self._whole, self._region, chosen)
+        return RowsResidual(self._whole, self._region, self.find(rows))
+
+    def find(self, rows: object) -> RowNumbers:
+        """Rows of this rank: as they are given, or those of a subset.
+
+        Raises:
+            InvalidInput: On every rank, where rows or a subset do not fit, or ranks give different kinds.
+
+        MPI: Collective.
+        """
+        kinds = all_values(self._pde.comm, type(rows).__name__ if isinstance(rows, Cells | Patches) else "rows")
+        if kinds.count(kinds[0]) < len(kinds):
+            raise InvalidInput(f"rows= is {kinds} on ranks 0 to {len(kinds) - 1}; it must be of one kind. Each may be empty.")
+        if isinstance(rows, Cells | Patches):
+            return self.subsets.find(rows)
+        with raise_on_all(self._pde.comm), _outside_transforms():
+            return indices("rows", rows, size=self._pde.unknown.size, owning="owns the rows")
+
+    @cached_property
+    def subsets(self) -> SubsetFinder:
+        """Finds rows by cells and patches. Collective when it is first asked for."""
+        return SubsetFinder(self._pde.space, self._pde.boundary.owned)
 
 
-def _checked(rows: object, size: int) -> RowNumbers:
-    try:
-        with _outside_transforms():
-            chosen = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"rows is {rows!r:.80}; it must be a list or tensor of whole numbers.") from error
-    if chosen.ndim != 1 or not (np.issubdtype(chosen.dtype, np.integer) or chosen.size == 0):
-        raise InvalidInput(
-            f"rows has shape {chosen.shape} and type {chosen.dtype}; it must have one axis, of whole numbers. For a mask take "
-            "torch.nonzero(mask).ravel()."
-        )
-    wrong = chosen[(chosen < 0) | (chosen >= size)]
-    if wrong.size:
-        raise InvalidInput(
-            f"rows contains {wrong[0]}; this rank owns the rows 0 to {size - 1}. Rows are local numbers, of each rank its own."
-        )
-    return chosen.astype(np.int64)
-
-
-class RowSampler:
-    """Draws rows from those of all ranks where nothing is prescribed, without repetition; see `Residual.sample_rows`.
+class Sampler:
+    """Draws from what the ranks have, without repetition; see `Residual.sample_rows`.
 
     Args:
-        pde: The weak form.
+        comm: Communicator of the mesh.
+        own: What this rank has to be drawn, local numbers.
+        name: How an error calls what there is.
 
     MPI: Collective.
     """
 
-    def __init__(self, pde: WeakForm) -> None:
-        self._comm = pde.comm
-        self._free = np.setdiff1d(np.arange(pde.unknown.size), pde.boundary.owned)
-        counts = all_values(pde.comm, int(self._free.size))
-        self._first, self._total = sum(counts[: pde.comm.rank]), sum(counts)
+    def __init__(self, comm: Any, own: RowNumbers, name: str) -> None:
+        self._comm, self._own, self._name = comm, own, name
+        counts = all_values(comm, int(own.size))
+        self._first, self._total = sum(counts[: comm.rank]), sum(counts)
 
     def draw(self, count: int) -> Tensor:
-        """This rank's rows of a draw, sorted. Collective."""
+        """This rank's part of a draw, sorted. Collective."""
         with raise_on_all(self._comm):
             count = whole("count", count, least=1)
             if count > self._total:
-                raise InvalidInput(f"count is {count}; there are {self._total} rows without a prescribed value.")
+                raise InvalidInput(f"count is {count}; there are {self._total} {self._name}.")
         seed = shared_seed(self._comm, int(torch.randint(2**62, ()).item()))
         chosen = np.random.default_rng(seed).choice(self._total, count, replace=False) - self._first
-        own = chosen[(chosen >= 0) & (chosen < self._free.size)]
-        return torch.from_numpy(np.sort(self._free[own]).astype(np.int64))
+        mine = chosen[(chosen >= 0) & (chosen < self._own.size)]
+        return torch.from_numpy(np.sort(self._own[mine]).astype(np.int64))

@@ -62,7 +62,7 @@ class Region:
         }
         self._marks = fem.Function(space)
         self._mark = Coefficients(self._marks)
-        self._cells_of = _cells_of_dofs(space)
+        self._cells_of = cells_of_dofs(space)
         self._number = 0
         self.reach = Reach(0, self._whole)
 
@@ -161,8 +161,8 @@ def _touching(visited: NDArray[np.bool_], entities: Entities, width: int) -> Ent
     return np.ascontiguousarray(rows[visited[rows[:, ::2]].any(axis=1)]).ravel()
 
 
-def _cells_of_dofs(space: Any) -> scipy.sparse.csr_array:
-    """The local cells, ghosts included, that each local unrolled dof belongs to, `(num_dofs, num_cells)`."""
+def cells_of_dofs(space: Any) -> scipy.sparse.csr_array:
+    """The local cells, ghosts included, that each local unrolled dof belongs to, `(num_dofs, num_cells)`. Not collective."""
     dofmap, bs = space.dofmap.list, space.dofmap.bs
     dofs = (np.asarray(dofmap)[:, :, None] * bs + np.arange(bs)).reshape(len(dofmap), -1)
     cells = np.repeat(np.arange(len(dofs)), dofs.shape[1])

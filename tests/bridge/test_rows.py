@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import ufl
-from dolfinx import fem, mesh
+from dolfinx import fem, la, mesh
 from mpi4py import MPI
 from torch import Tensor
 
 import fem_vi
 from fem_vi.pde.region import find_entities
 from tests.bridge.test_operators import fields_of, leaves
-from tests.helpers import CASES, Case, paired, square
+from tests.helpers import CASES, Case, boundary_dofs, left, paired, square
 
 COMM = MPI.COMM_WORLD
 KERNELS = (fem_vi.CompiledKernel(), fem_vi.AssembledKernel())
@@ -229,3 +230,163 @@ def test_weighted_checks_inputs_that_occur_on_the_boundary_only() -> None:
         residual.weighted(case.weights[-1], state_of(case), f, flux, h[:-1])
     with pytest.raises(fem_vi.InvalidInput, match="tensors"):
         residual.weighted(case.weights[-1], state_of(case), f, flux)
+
+
+def positive_form(comm: MPI.Comm, family: str, degree: int) -> tuple[fem_vi.WeakForm, Any, Any]:
+    """At u = 0 the residual of phi_i is an integral of chi exp(x + 2y) phi_i, zero only where chi is zero in all cells of phi_i.
+
+    The weight is for basis functions whose mean over a cell is zero. Values are prescribed on the left.
+    """
+    msh = square(comm, 7)
+    V, cells = fem.functionspace(msh, (family, degree)), fem.functionspace(msh, ("DG", 0))
+    u, chi, v = fem.Function(V), fem.Function(cells), ufl.TestFunction(V)
+    x = ufl.SpatialCoordinate(msh)
+    F = (u - chi * ufl.exp(x[0] + 2 * x[1])) * v * ufl.dx(degree=6)
+    bcs = [fem.dirichletbc(0.0, boundary_dofs(V, left), V)] if family == "Lagrange" else []
+    return fem_vi.WeakForm(F, state=u, inputs=[chi], bcs=bcs), V, cells
+
+
+def reached(pde: fem_vi.WeakForm, V: Any, chi: Any) -> Tensor:
+    """The rows where chi reaches some cell of the test function: a mask over this rank's."""
+    return fem_vi.Residual(pde)(fem_vi.to_tensor(fem.Function(V)), fem_vi.to_tensor(chi)).abs() > 1e-9
+
+
+def indicator(cells: Any, indices: Any) -> Any:
+    """One in some local cells, here or on the rank that owns them, zero elsewhere."""
+    chi = fem.Function(cells)
+    chi.x.array[indices] = 1.0
+    chi.x.scatter_reverse(la.InsertMode.add)
+    chi.x.array[:] = chi.x.array > 0
+    chi.x.scatter_forward()
+    return chi
+
+
+SPACES = pytest.mark.parametrize(("family", "degree"), [("Lagrange", 1), ("Lagrange", 2), ("DG", 1)])
+
+
+@pytest.mark.mpi
+@SPACES
+def test_rows_of_cells_are_those_that_do_not_vanish_there(family: str, degree: int) -> None:
+    pde, V, cells = positive_form(COMM, family, degree)
+    tdim = V.mesh.topology.dim
+    some = mesh.locate_entities(V.mesh, tdim, lambda x: (x[0] > 0.4) & (x[1] < 0.7))
+    assert COMM.allreduce(len(some), op=MPI.SUM) > 0
+    residual = fem_vi.Residual(pde)
+    rows = residual.find_rows(fem_vi.Cells(some))
+    assert rows.tolist() == torch.nonzero(reached(pde, V, indicator(cells, some))).ravel().tolist()
+
+
+@pytest.mark.mpi
+@SPACES
+@pytest.mark.parametrize("rings", [1, 2])
+def test_rows_of_patches_are_those_that_vanish_outside(family: str, degree: int, rings: int) -> None:
+    """Around the vertices at x = 3/7, y > 1/2: an interval of cells, which lies on several ranks where there are several."""
+    pde, V, cells = positive_form(COMM, family, degree)
+    tdim, width = V.mesh.topology.dim, 1 / 7
+
+    def around(x: np.ndarray) -> Any:
+        return np.isclose(x[0], 3 * width) & (x[1] > 0.45) & (x[1] < 0.9)
+
+    near = mesh.locate_entities(V.mesh, 0, around)
+    rows = fem_vi.Residual(pde).find_rows(fem_vi.Patches(near, rings))
+    size = COMM.allreduce(len(rows), op=MPI.SUM)
+    assert 0 < size < COMM.allreduce(pde.unknown.size, op=MPI.SUM)
+    inside = patch_by_hand(around, rings)
+    middles = mesh.compute_midpoints(V.mesh, tdim, np.arange(len(cells.dofmap.list), dtype=np.int32))
+    mine = [k for k, x in enumerate(middles) if tuple(np.round(x, 6)) in inside]
+    outside = np.setdiff1d(np.arange(len(middles)), mine)
+    free = torch.ones(pde.unknown.size, dtype=torch.bool)
+    free[torch.from_numpy(pde.boundary.owned.astype(np.int64))] = False
+    expected = free & ~reached(pde, V, indicator(cells, outside))
+    assert rows.tolist() == torch.nonzero(expected).ravel().tolist()
+
+
+def patch_by_hand(near: Callable[[np.ndarray], np.ndarray], rings: int) -> set[tuple[float, ...]]:
+    """Middles of the cells of patches, from the coordinates of the cells' corners on a mesh of one rank."""
+    whole = square(MPI.COMM_SELF, 7)
+    points = whole.geometry.x[whole.geometry.dofmap]  # (cells, 3, 3)
+    marked = near(points.reshape(-1, 3).T).reshape(points.shape[:2])
+    for _ in range(rings):
+        cells = marked.any(axis=1)
+        corners = {tuple(np.round(x, 6)) for x in points[cells].reshape(-1, 3)}
+        marked = np.array([[tuple(np.round(x, 6)) in corners for x in cell] for cell in points])
+    return {tuple(np.round(x, 6)) for x in points[cells].mean(axis=1)}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("subset", ["cells", "patches"])
+def test_residual_of_a_subset(subset: str) -> None:
+    """Values and gradients, where only the last rank names anything, in a form with boundary integrals."""
+    case = CASES["reaction"](COMM)
+    residual = fem_vi.Residual(case.pde)
+    named = [0, 2] if COMM.rank == COMM.size - 1 else []
+    rows = fem_vi.Cells(named) if subset == "cells" else fem_vi.Patches(torch.tensor(named, dtype=torch.int64), rings=2)
+    at = [state_of(case), *leaves(case)]
+    found = residual.find_rows(rows)
+    part, full = residual(*at, rows=rows), residual(*at)[..., found]
+    assert COMM.allreduce(len(found), op=MPI.SUM) > 2
+    assert torch.allclose(part, full, rtol=1e-12, atol=1e-13)
+    for a, b in zip(torch.autograd.grad(part.square().sum(), at), torch.autograd.grad(full.square().sum(), at), strict=True):
+        assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_only_the_cells_around_a_cell_are_visited() -> None:
+    """The three vertices of an inner triangle touch thirteen triangles together."""
+    V = fem.functionspace(square(MPI.COMM_SELF, 9), ("Lagrange", 1))
+    u, v = fem.Function(V), ufl.TestFunction(V)
+    residual = fem_vi.Residual(fem_vi.WeakForm(u * v * ufl.dx, state=u, inputs=[]))
+    inner = mesh.locate_entities(V.mesh, 2, lambda x: (abs(x[0] - 0.5) < 0.2) & (abs(x[1] - 0.5) < 0.2))[:1]
+    operator = residual._chooser.at(fem_vi.Cells(inner))
+    ((_, entities),) = next(iter(operator._reach.entities.values()))
+    assert len(entities) == 13
+
+
+@pytest.mark.mpi
+def test_sampled_cells_and_patches() -> None:
+    """As many as were asked for, over all ranks, none twice."""
+    case = CASES["log_diffusion"](COMM)
+    residual = fem_vi.Residual(case.pde)
+    torch.manual_seed(3 + COMM.rank)
+    topology = case.pde.space.mesh.topology
+    for sampled, owned in (
+        (residual.sample_cells(5).indices, topology.index_map(topology.dim).size_local),
+        (residual.sample_patches(5, rings=2).vertices, topology.index_map(0).size_local),
+    ):
+        assert len(set(sampled.tolist())) == len(sampled)
+        assert all(0 <= k < owned for k in sampled.tolist())
+        assert COMM.allreduce(len(sampled), op=MPI.SUM) == 5
+    at = [state_of(case), *leaves(case)]
+    assert COMM.allreduce(residual(*at, rows=residual.sample_patches(5, rings=2)).numel(), op=MPI.SUM) > 0
+    with pytest.raises(fem_vi.InvalidInput, match="cells"):
+        residual.sample_cells(10**6)
+    with pytest.raises(fem_vi.InvalidInput, match="vertices"):
+        residual.sample_patches(10**6)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "subset",
+    [
+        fem_vi.Cells([-1]),
+        fem_vi.Cells([10**6]),
+        fem_vi.Cells("all"),
+        fem_vi.Patches([0.5]),
+        fem_vi.Patches([0], rings=0),
+    ],
+)
+def test_wrong_subsets_are_refused_on_every_rank(subset: Any) -> None:
+    """Where those of one rank are wrong."""
+    case = CASES["log_diffusion"](COMM)
+    others = type(subset)([])
+    with pytest.raises(fem_vi.InvalidInput, match=r"Cells|Patches"):
+        fem_vi.Residual(case.pde)(state_of(case), *case.values, rows=subset if COMM.rank == 0 else others)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("subset", [fem_vi.Patches([], rings=2), fem_vi.Cells([]), []])
+def test_subsets_that_differ_between_ranks_are_refused(subset: Any) -> None:
+    """And not waited for; on one rank there is nothing to differ from."""
+    case = CASES["log_diffusion"](COMM)
+    given = subset if COMM.rank == 0 else fem_vi.Patches([])
+    with nullcontext() if COMM.size == 1 else pytest.raises(fem_vi.InvalidInput, match=r"ranks 0 to"):
+        fem_vi.Residual(case.pde)(state_of(case), *case.values, rows=given)
