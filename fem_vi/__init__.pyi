@@ -1,4 +1,5 @@
 # The public names of fem_vi.
+from . import models as models
 from .bridge.convert import to_function as to_function
 from .bridge.convert import to_tensor as to_tensor
 from .bridge.evolve import Evolve as Evolve
@@ -64,10 +65,16 @@ from .posterior_figures import plot_marginals as plot_marginals
 from .posterior_figures import plot_posterior_field as plot_posterior_field
 from .posterior_figures import plot_predictive as plot_predictive
 from .report import report as report
+from .vi.amortised_objective import ExpectedELBO as ExpectedELBO
+from .vi.amortised_objective import ExpectedForwardKL as ExpectedForwardKL
+from .vi.amortised_objective import InTurn as InTurn
 from .vi.calibration import Calibration as Calibration
 from .vi.calibration import calibrate as calibrate
 from .vi.correlated_noise import CorrelatedNoise as CorrelatedNoise
 from .vi.correlated_noise import LowRankNoise as LowRankNoise
+from .vi.data_sets import Fresh as Fresh
+from .vi.data_sets import Recorded as Recorded
+from .vi.data_sets import Stored as Stored
 from .vi.diagnostics import Diagnosis as Diagnosis
 from .vi.diagnostics import diagnose as diagnose
 from .vi.discrepancy import MMD as MMD
@@ -85,6 +92,7 @@ from .vi.divergence import SelfNormalised as SelfNormalised
 from .vi.draws import Antithetic as Antithetic
 from .vi.draws import Independent as Independent
 from .vi.draws import QuasiMonteCarlo as QuasiMonteCarlo
+from .vi.encoder.dense import DenseEncoder as DenseEncoder
 from .vi.field_transform import Bounded as Bounded
 from .vi.field_transform import LevelSet as LevelSet
 from .vi.field_transform import Positive as Positive
@@ -118,6 +126,7 @@ from .vi.objective import ELBO as ELBO
 from .vi.objective import AnalyticKL as AnalyticKL
 from .vi.objective import PathDerivative as PathDerivative
 from .vi.objective import TotalDerivative as TotalDerivative
+from .vi.posterior.amortised import Amortised as Amortised
 from .vi.posterior.flow import FastDensity as FastDensity
 from .vi.posterior.flow import FastSampling as FastSampling
 from .vi.posterior.flow import Flow as Flow
@@ -139,6 +148,11 @@ from .vi.predictive import predictive_check as predictive_check
 from .vi.prior import GaussianVector as GaussianVector
 from .vi.problem import InverseProblem as InverseProblem
 from .vi.run import Run as Run
+from .vi.sensors import AllSensors as AllSensors
+from .vi.sensors import RandomSensors as RandomSensors
+from .vi.sensors import SensorData as SensorData
+from .vi.simulations import Simulations as Simulations
+from .vi.simulations import simulate as simulate
 from .vi.start import GaussNewton as GaussNewton
 from .vi.start import NewtonCG as NewtonCG
 from .vi.start import PresentParameters as PresentParameters
