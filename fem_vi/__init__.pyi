@@ -93,6 +93,8 @@ from .vi.draws import Antithetic as Antithetic
 from .vi.draws import Independent as Independent
 from .vi.draws import QuasiMonteCarlo as QuasiMonteCarlo
 from .vi.encoder.dense import DenseEncoder as DenseEncoder
+from .vi.encoder.encoder import Encoder as Encoder
+from .vi.encoder.kalman import KalmanEncoder as KalmanEncoder
 from .vi.encoder.point_set import SetEncoder as SetEncoder
 from .vi.field_transform import Bounded as Bounded
 from .vi.field_transform import LevelSet as LevelSet

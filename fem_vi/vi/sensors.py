@@ -152,7 +152,7 @@ class RandomSensors:
 
     def log_likelihood(self, problem: InverseProblem, data: Data, prediction: Tensor) -> Tensor:
         """Log p(values | prediction) of those that reported, `(samples, batch)`."""
-        data = self.numbered(data)
+        data = numbered(data, self.points)
         assert data.index is not None
         columns = []
         for k in range(len(data.values)):
@@ -164,7 +164,7 @@ class RandomSensors:
     def problem_of(self, problem: InverseProblem, data: Data) -> InverseProblem:
         """The inverse problem of one data set. Collective."""
         with raise_on_all(problem.prior.comm):
-            data = self.numbered(data)
+            data = numbered(data, self.points)
             assert data.index is not None
             if data.values.ndim != 1:
                 raise InvalidInput(f"y holds {tuple(data.batch_shape)} data sets; one is expected.")
@@ -172,26 +172,27 @@ class RandomSensors:
             noise = noise_of(problem, index)
         return InverseProblem(problem.prior, lambda m: problem.forward(m)[..., index], noise, data.values[data.present])
 
-    def numbered(self, data: Data) -> SensorData:
-        """The same data, with the numbers of their places among the candidates.
 
-        Raises:
-            InvalidInput: Where a place is no candidate.
-        """
-        if not isinstance(data, SensorData):
-            raise InvalidInput(f"y is {data!r:.60}; with RandomSensors it must be SensorData, such as SensorData.create(x, y).")
-        if data.index is not None:
-            return data
-        distance, index = torch.cdist(data.points, self.points.expand(*data.batch_shape, -1, -1)).min(-1)
-        extent = float((self.points.amax(0) - self.points.amin(0)).norm())
-        far = (distance > 1e-9 * extent) & data.present
-        if bool(far.any()):
-            where = data.points[far][0].tolist()
-            raise InvalidInput(
-                f"{int(far.sum())} of the sensors, {where} first, are at none of the {len(self.points)} candidates, where "
-                "alone the forward map predicts. posterior(y) takes them all the same; else pass problem=InverseProblem(...)."
-            )
-        return replace(data, index=index)
+def numbered(data: Data, points: Tensor) -> SensorData:
+    """The same data, with the numbers of their places among candidates, `(num_data, dim)`.
+
+    Raises:
+        InvalidInput: Where a place is no candidate.
+    """
+    if not isinstance(data, SensorData):
+        raise InvalidInput(f"y is {data!r:.60}; with RandomSensors it must be SensorData, such as SensorData.create(x, y).")
+    if data.index is not None:
+        return data
+    distance, index = torch.cdist(data.points, points.expand(*data.batch_shape, -1, -1)).min(-1)
+    extent = float((points.amax(0) - points.amin(0)).norm())
+    far = (distance > 1e-6 * extent) & data.present
+    if bool(far.any()):
+        where = data.points[far][0].tolist()
+        raise InvalidInput(
+            f"{int(far.sum())} of the sensors, {where} first, are at none of the {len(points)} candidates, where alone the "
+            "forward map predicts. A SetEncoder takes them all the same; to refine, pass problem=InverseProblem(...)."
+        )
+    return replace(data, index=index)
 
 
 def noise_of(problem: InverseProblem, index: Tensor) -> Any:

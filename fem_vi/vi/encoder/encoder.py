@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fem_vi.vi.posterior.frame import Frame
+
 
 class Encoder(nn.Module):
     """A network that makes features of data sets, with scales that are set once, before it is fitted.
@@ -35,6 +37,10 @@ class Encoder(nn.Module):
     def forward(self, y: Any) -> Tensor:
         """Features, `(*batch, num_features)`."""
         raise NotImplementedError
+
+    def read(self, y: Any) -> tuple[Tensor, Frame | None]:
+        """Features, and coordinates of the unknowns that move with the data, where the encoder has any."""
+        return self(y), None
 
 
 def scales_of(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, constraints
+from torch.distributions import Distribution, constraints
 
 from fem_vi.arguments import instance
 from fem_vi.bridge.layout import all_sum
@@ -17,7 +17,7 @@ from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all, shared_seed
 from fem_vi.vi.encoder.encoder import Encoder
 from fem_vi.vi.optimizer import Adam
-from fem_vi.vi.posterior.flow_head import ConditionalFlow
+from fem_vi.vi.posterior.frame import NORMAL, Frame, of_other_noise, scale_tril
 from fem_vi.vi.posterior.heads import FullHead, Head
 from fem_vi.vi.posterior.whitened_family import FamilyOverPrior
 from fem_vi.vi.prior import FieldPrior
@@ -62,7 +62,7 @@ class AmortisedDistribution(Distribution):
 
         Exact for normal distributions over at most 512 unknowns; otherwise that of 2,048 draws under a fixed key, to 3 %.
         """
-        if self.prior.num_global > EXACT_SIZE or isinstance(self.whitened, ConditionalFlow):
+        if self.prior.num_global > EXACT_SIZE or not isinstance(self.whitened, NORMAL):
             return self._sampled_variance()
         root = scale_tril(self.whitened).movedim(-1, 0)  # columns of S
         return (self.prior.unwhiten(self.prior.scatter(root)) - self.prior.mean).square().sum(0)
@@ -94,9 +94,11 @@ class AmortisedDistribution(Distribution):
 
 
 class Amortised(FamilyOverPrior):
-    """q(m | y): m = unwhiten(xi), xi ~ head(encoder(y)). `posterior(y)` is a distribution; fitted to many data sets at once.
+    """q(m | y): m = unwhiten(xi), xi ~ head(encoder(y)), in the encoder's frame.
 
-    Starts as the prior, whatever the data.
+    `posterior(y)` is a distribution. It is fitted to many data sets at once.
+
+    Starts as the prior, whatever the data; with a `KalmanEncoder` as the linear posterior.
 
     Args:
         prior: Prior of m. The network is replicated; a field's unknowns are cut out of what it returns.
@@ -143,7 +145,8 @@ class Amortised(FamilyOverPrior):
 
     def forward(self, y: Any) -> AmortisedDistribution:
         """The posterior of each data set."""
-        return AmortisedDistribution(self.prior, self.head(self.encoder(y)))
+        features, frame = self.encoder.read(y)
+        return AmortisedDistribution(self.prior, in_frame(frame, self.head(features)))
 
     def default_optimizer(self) -> Adam:
         """Adam with a step for networks."""
@@ -170,13 +173,12 @@ class Refined(FamilyOverPrior):
         super().__init__(amortised.prior)
         self.head = copy.deepcopy(amortised.head)
         self.head.linear.requires_grad_(False)
-        with torch.no_grad():
-            self.raw = nn.Parameter(self.head.raw(amortised.encoder(y)).clone())
-        check_single(self.raw)
+        raw, self.frame = encoded(amortised, y)
+        self.raw = nn.Parameter(raw)
 
     def forward(self) -> AmortisedDistribution:
         """The distribution at the present parameters."""
-        return AmortisedDistribution(self.prior, self.head.at(self.raw))
+        return AmortisedDistribution(self.prior, in_frame(self.frame, self.head.at(self.raw)))
 
     def default_optimizer(self) -> Adam:
         """Adam with small steps: the network is nearly right."""
@@ -209,45 +211,38 @@ class LatentCorrection(FamilyOverPrior):
         super().__init__(amortised.prior)
         self.head = copy.deepcopy(amortised.head)
         self.head.requires_grad_(False)
-        with torch.no_grad():
-            self.register_buffer("raw", self.head.raw(amortised.encoder(y)).clone())
-        check_single(self.get_buffer("raw"))
+        raw, self.frame = encoded(amortised, y)
+        self.register_buffer("raw", raw)
         self.shift = nn.Parameter(torch.zeros(self.head.size, dtype=torch.float64))
         self.log_scale = nn.Parameter(torch.zeros(self.head.size, dtype=torch.float64))
 
     def forward(self) -> AmortisedDistribution:
         """The distribution at the present parameters."""
-        return AmortisedDistribution(self.prior, of_other_noise(self.head.at(self.get_buffer("raw")), self.shift, self.log_scale))
+        q = of_other_noise(self.head.at(self.get_buffer("raw")), self.shift, self.log_scale)
+        return AmortisedDistribution(self.prior, in_frame(self.frame, q))
 
     def default_optimizer(self) -> Adam:
         """Adam with steps in units of the network's standard deviations."""
         return Adam(lr=0.02)
 
 
-def scale_tril(q: Distribution) -> Tensor:
-    """A lower triangular square root of a normal distribution's covariance, `(*batch, n, n)`."""
-    root: Tensor | None = getattr(q, "scale_tril", None)
-    return torch.diag_embed(q.stddev) if root is None else root
+def in_frame(frame: Frame | None, q: Distribution) -> Distribution:
+    """The law of xi where its coordinates have the law q."""
+    return q if frame is None else frame.of(q)
 
 
-def of_other_noise(q: Distribution, shift: Tensor, log_scale: Tensor) -> Distribution:
-    """What the map behind a head's distribution makes of eps ~ N(shift, diag(exp(log_scale))^2) in place of N(0, I)."""
-    if isinstance(q, ConditionalFlow):
-        return q.with_base(shift, log_scale)
-    if isinstance(q, Independent):
-        return Independent(Normal(q.mean + q.stddev * shift, q.stddev * log_scale.exp(), validate_args=False), 1)
-    root = scale_tril(q)
-    return MultivariateNormal(q.mean + (root @ shift[..., None])[..., 0], scale_tril=root * log_scale.exp(), validate_args=False)
-
-
-def check_single(raw: Tensor) -> None:
-    """Refuse several data sets.
+@torch.no_grad()
+def encoded(amortised: Amortised, y: Any) -> tuple[Tensor, Frame | None]:
+    """The numbers that describe the posterior of one data set, `(num_raw,)`, and its frame.
 
     Raises:
-        InvalidInput: With their number.
+        InvalidInput: Where y holds several data sets.
     """
+    features, frame = amortised.encoder.read(y)
+    raw = amortised.head.raw(features).clone()
     if raw.ndim != 1:
         raise InvalidInput(f"y holds {tuple(raw.shape[:-1])} data sets; a posterior is refined for one at a time.")
+    return raw, frame
 
 
 @torch.no_grad()
