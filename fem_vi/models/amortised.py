@@ -98,6 +98,10 @@ class AmortisedInversion(Amortised):
         """The inverse problem of one data set, for `diagnose` or a sampler. Collective."""
         return self.sensors.problem_of(self.problem, y)
 
+    def at(self, y: Data) -> Refined:
+        """What the network says of one data set, as a module: for `diagnose` and for objectives. Not collective."""
+        return Refined(self, y)
+
     def refine(
         self,
         y: Data,
@@ -125,7 +129,7 @@ class AmortisedInversion(Amortised):
         MPI: Collective.
         """
         problem = self.problem_of(y) if problem is None else problem
-        return fit(problem, Refined(self, y), objective, steps=steps, start=PresentParameters(), **options)
+        return fit(problem, self.at(y), objective, steps=steps, start=PresentParameters(), **options)
 
     def correct(
         self,
