@@ -166,6 +166,8 @@ from .vi.student_noise import StudentNoise as StudentNoise
 from .vi.transform import GammaPrior as GammaPrior
 from .vi.transform import LogNormalPrior as LogNormalPrior
 from .vi.transform import UniformPrior as UniformPrior
+from .vi.typical import TypicalData as TypicalData
+from .vi.typical import Typicality as Typicality
 from .vi.unknown_scale import UnknownScale as UnknownScale
 
 __version__: str
