@@ -1,7 +1,7 @@
 # # Wells that fail and move: one network for all campaigns
 #
-# The aquifer of demo_aquifer.py is measured again and again. Each campaign reads the heads in 15 to 40 wells, never the same ones:
-# some fail, others are drilled. A fit takes seconds for each campaign. Instead we train one network, once, that turns whatever
+# The aquifer of demo_aquifer.py is measured again and again. Each campaign reads the heads in 15 to 40 wells, never the same
+# ones: some fail, others are drilled. A fit takes seconds for each campaign. Instead we train one network, once, that turns whatever
 # wells have reported into a posterior.
 #
 # The field has 16 unknowns, the coefficients $\xi$ of its main modes. From pairs of fields and heads simulated beforehand,
@@ -9,8 +9,8 @@
 #
 # $$\min_q \; -E_{p(\xi, y)} \log q(\xi | y),$$
 #
-# with the wells and the noise drawn anew whenever a pair is used. The network starts from what linear prediction tells (kriging, the
-# ensemble Kalman filter) and learns the rest.
+# with the wells and the noise drawn anew whenever a pair is used. The network starts from what linear prediction tells (kriging,
+# the ensemble Kalman filter) and learns the rest.
 #
 #     python demos/demo_amortised_aquifer.py                # half a minute; the picture goes to runs/amortised_aquifer
 #     mpirun -n 2 python demos/demo_amortised_aquifer.py    # the same on two ranks
@@ -31,6 +31,7 @@ from rich.table import Table
 import fem_vi
 
 MODES = 16  # unknowns
+BOX = [2.0, 1.2]  # the aquifer lies within [km]
 PLACES = 200  # where there may be wells
 FEWEST, MOST = 15, 40  # wells that report in a campaign
 NOISE = 0.1  # standard deviation of a head's error [m]
@@ -39,9 +40,7 @@ CAMPAIGNS = 50
 
 def possible_wells(data: fem_vi.MeshData, flow: Flow) -> np.ndarray:
     """Places in the aquifer, at random, away from the well that is pumped [km]."""
-    x = data.mesh.geometry.x[:, :2]
-    low, high = (data.mesh.comm.allreduce(edge, op=op) for edge, op in ((x.min(0), MPI.MIN), (x.max(0), MPI.MAX)))
-    places = np.random.default_rng(2).uniform(low, high, (8 * PLACES, 2))
+    places = np.random.default_rng(2).uniform([0.0, 0.0], BOX, (8 * PLACES, 2))
     inside = fem_vi.PointObservation(flow.heads, places, outside=fem_vi.MaskOutside()).found.numpy()
     far = np.linalg.norm(places - pumping_well(data), axis=1) > 0.06
     return places[inside & far][:PLACES]
@@ -86,8 +85,8 @@ def main(arguments: argparse.Namespace) -> None:
     # If a posterior is right, the truth is as likely to lie above any share of its draws as that share says.
     draws = q.sample((999,))
     ranks = (draws < unseen.xi).double().mean(0)  # of 16 unknowns in each of 50 campaigns
-    told = float(q.log_ratio(unseen.xi).mean())
-    gaps, told_by_fits = [], []
+    told = q.log_ratio(unseen.xi).tolist()
+    gaps, more = [], []
     for k in range(arguments.fits):
         own = model.problem_of(y[k])
         clock.start()
@@ -95,8 +94,11 @@ def main(arguments: argparse.Namespace) -> None:
         clock.stop("a fit")
         bounds = [float(fem_vi.ELBO(samples=256)(own, member).elbo) for member in (run.posterior, model.at(y[k]))]
         gaps.append(bounds[0] - bounds[1])
-        told_by_fits.append(float(run.posterior().log_ratio(unseen.xi[k]) - q.log_ratio(unseen.xi)[k]))
+        more.append(float(run.posterior().log_ratio(unseen.xi[k])) - told[k])
+    clock.start()
     refined = model.refine(y[0], steps=60)
+    clock.stop("refining")
+    closed = [float(fem_vi.ELBO(samples=256)(model.problem_of(y[0]), each).elbo) for each in (model.at(y[0]), refined.posterior)]
 
     coverage = {p: float(((ranks - 0.5).abs() < 0.5 * p).double().mean()) for p in (0.5, 0.9)}
     one, all_of_them = clock.seconds["a fit"] / arguments.fits, clock.seconds["all posteriors"] / CAMPAIGNS
@@ -104,9 +106,10 @@ def main(arguments: argparse.Namespace) -> None:
     table.add_row("simulations, training (CPU)", f"{clock.seconds['simulations']:.0f} s, {clock.seconds['training']:.0f} s")
     table.add_row("a posterior from the network (CPU)", f"{1e3 * all_of_them:.2f} ms")
     table.add_row("a posterior by fit (CPU)", f"{one:.1f} s, {one / all_of_them:.0f} times as long")
-    table.add_row("log q(truth | y) - log p(truth), mean", f"{told:.1f} nats")
-    table.add_row(f"the same by fit less by the network, mean of {arguments.fits}", f"{np.mean(told_by_fits):.1f} nats")
-    table.add_row("ELBO by fit less by the network, mean", f"{np.mean(gaps):.1f} nats")
+    table.add_row("log q(truth | y) - log p(truth), mean", f"{np.mean(told):.1f} nats")
+    table.add_row(f"  by fit less by the network, mean of {arguments.fits}", f"{np.mean(more):.1f} nats")
+    table.add_row(f"ELBO by fit less by the network, mean of {arguments.fits}", f"{np.mean(gaps):.1f} nats")
+    table.add_row("  gained by refine, first campaign", f"{closed[1] - closed[0]:.1f} nats in {clock.seconds['refining']:.1f} s")
     table.add_row("truth inside the 50 % interval", f"{100 * coverage[0.5]:.0f} % of {ranks.numel()} unknowns")
     table.add_row("truth inside the 90 % interval", f"{100 * coverage[0.9]:.0f} %")
     fem_vi.report(comm, table, f"Picture: {arguments.out / 'amortised_aquifer.png'}")
@@ -117,15 +120,13 @@ def main(arguments: argparse.Namespace) -> None:
 
     # ## Check
     #
-    # Intervals hold the truth as often as they say; the network is within a few nats of a fit for each campaign, and thousands
-    # of times as quick; a short fit that starts from it closes what is left.
+    # Intervals hold the truth as often as they say; the network tells the truth apart nearly as well as a fit for each campaign,
+    # and is thousands of times as quick; a short fit that starts from it closes what is left.
     assert abs(coverage[0.5] - 0.5) < 0.07, coverage
     assert abs(coverage[0.9] - 0.9) < 0.05, coverage
-    assert told > 11.0, told
+    assert np.mean(told) > 12.0, told
     assert one / all_of_them > 100
-    after = float(fem_vi.ELBO(samples=256)(model.problem_of(y[0]), refined.posterior).elbo)
-    before = float(fem_vi.ELBO(samples=256)(model.problem_of(y[0]), model.at(y[0])).elbo)
-    assert after > before, (before, after)
+    assert closed[1] > closed[0], closed
 
 
 class Clock:
@@ -171,10 +172,9 @@ def draw(
         }
         for name, values in shown.items():
             ax = axes[f"{name} {row}"]
-            style = (
-                {"cmap": "magma", "vmin": 0.0, "vmax": 0.5} if name == "sd" else {"cmap": "viridis", "vmin": -1.2, "vmax": 1.2}
-            )
-            figure.colorbar(fem_vi.plot_field(ax, flow.coefficients, values, **style), ax=ax, shrink=0.75)
+            cmap, low, high = ("magma", 0.0, 0.5) if name == "sd" else ("viridis", -1.2, 1.2)
+            colours = fem_vi.plot_field(ax, flow.coefficients, values, cmap=cmap, vmin=low, vmax=high)
+            figure.colorbar(colours, ax=ax, shrink=0.75)
             ax.plot(*places.T, ".", color="0.6", ms=1.5, label="no well, or failed")
             x = y.points[k][y.present[k]]
             ax.plot(x[:, 0], x[:, 1], "o", mfc="white", mec="black", ms=3.5, mew=0.8, label="well that reported")
@@ -186,7 +186,7 @@ def draw(
     level = (np.arange(len(u)) + 0.5) / len(u)
     band = 2.0 * np.sqrt(level * (1 - level) / len(u))
     axes["ranks"].fill_between(level, level - band, level + band, color="0.85", label="chance (2 sd)")
-    axes["ranks"].plot(u, level, label=f"{len(u)} unknowns of {CAMPAIGNS} campaigns")
+    axes["ranks"].plot(u, level, label=f"{len(u)} unknowns")
     axes["ranks"].set(title="calibration", xlabel="share of draws below the truth", ylabel="share of truths")
     axes["ranks"].legend(frameon=False, loc="upper left")
     axes["time"].barh(list(times), list(times.values()), color=["C0", "C1"], height=0.5)

@@ -113,6 +113,6 @@ def _verdict(distance: float, p: float) -> str:
     if p > LEVEL:
         return f"The data look like the training data (p = {p:.2g})."
     return (
-        f"The data are unlike the training data: squared distance {distance:.3g} per datum, where about 1 is usual (p = {p:.2g}). "
+        f"The data are unlike the training data: squared distance {distance:.3g} per datum, with 1 usual (p = {p:.2g}). "
         "Do not believe the network. Is prior, noise or unit wrong? Else correct(y) or refine(y), and look at diagnose."
     )
