@@ -1,8 +1,8 @@
 # # Wells that fail and move: one network for all campaigns
 #
 # The aquifer of demo_aquifer.py is measured again and again. Each campaign reads the heads in 15 to 40 wells, never the same
-# ones: some fail, others are drilled. A fit takes seconds for each campaign. Instead we train one network, once, that turns whatever
-# wells have reported into a posterior.
+# ones: some fail, others are drilled. A fit takes seconds for each campaign. Instead we train one network, once, that turns
+# whatever wells have reported into a posterior.
 #
 # The field has 16 unknowns, the coefficients $\xi$ of its main modes. From pairs of fields and heads simulated beforehand,
 # $(\xi_i, h_i)$, no adjoint needed, the network's $q(\xi | y)$ is fitted to
