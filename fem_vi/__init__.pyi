@@ -1,4 +1,5 @@
 # The public names of fem_vi.
+from . import models as models
 from .bridge.convert import to_function as to_function
 from .bridge.convert import to_tensor as to_tensor
 from .bridge.evolve import Evolve as Evolve
@@ -66,10 +67,16 @@ from .posterior_figures import plot_marginals as plot_marginals
 from .posterior_figures import plot_posterior_field as plot_posterior_field
 from .posterior_figures import plot_predictive as plot_predictive
 from .report import report as report
+from .vi.amortised_objective import ExpectedELBO as ExpectedELBO
+from .vi.amortised_objective import ExpectedForwardKL as ExpectedForwardKL
+from .vi.amortised_objective import InTurn as InTurn
 from .vi.calibration import Calibration as Calibration
 from .vi.calibration import calibrate as calibrate
 from .vi.correlated_noise import CorrelatedNoise as CorrelatedNoise
 from .vi.correlated_noise import LowRankNoise as LowRankNoise
+from .vi.data_sets import Fresh as Fresh
+from .vi.data_sets import Recorded as Recorded
+from .vi.data_sets import Stored as Stored
 from .vi.diagnostics import Diagnosis as Diagnosis
 from .vi.diagnostics import diagnose as diagnose
 from .vi.discrepancy import MMD as MMD
@@ -87,6 +94,10 @@ from .vi.divergence import SelfNormalised as SelfNormalised
 from .vi.draws import Antithetic as Antithetic
 from .vi.draws import Independent as Independent
 from .vi.draws import QuasiMonteCarlo as QuasiMonteCarlo
+from .vi.encoder.dense import DenseEncoder as DenseEncoder
+from .vi.encoder.encoder import Encoder as Encoder
+from .vi.encoder.kalman import KalmanEncoder as KalmanEncoder
+from .vi.encoder.point_set import SetEncoder as SetEncoder
 from .vi.field_transform import Bounded as Bounded
 from .vi.field_transform import LevelSet as LevelSet
 from .vi.field_transform import Positive as Positive
@@ -120,11 +131,17 @@ from .vi.objective import ELBO as ELBO
 from .vi.objective import AnalyticKL as AnalyticKL
 from .vi.objective import PathDerivative as PathDerivative
 from .vi.objective import TotalDerivative as TotalDerivative
+from .vi.posterior.amortised import Amortised as Amortised
 from .vi.posterior.flow import FastDensity as FastDensity
 from .vi.posterior.flow import FastSampling as FastSampling
 from .vi.posterior.flow import Flow as Flow
 from .vi.posterior.flow import NeuralSpline as NeuralSpline
+from .vi.posterior.flow_head import FlowHead as FlowHead
 from .vi.posterior.full_rank import FullRankNormal as FullRankNormal
+from .vi.posterior.heads import DiagonalHead as DiagonalHead
+from .vi.posterior.heads import FullHead as FullHead
+from .vi.posterior.heads import LowRankCovarianceHead as LowRankCovarianceHead
+from .vi.posterior.heads import LowRankPrecisionHead as LowRankPrecisionHead
 from .vi.posterior.low_rank import FreeDiagonal as FreeDiagonal
 from .vi.posterior.low_rank import LowRankNormal as LowRankNormal
 from .vi.posterior.low_rank import UnitDiagonal as UnitDiagonal
@@ -136,6 +153,11 @@ from .vi.predictive import predictive_check as predictive_check
 from .vi.prior import GaussianVector as GaussianVector
 from .vi.problem import InverseProblem as InverseProblem
 from .vi.run import Run as Run
+from .vi.sensors import AllSensors as AllSensors
+from .vi.sensors import RandomSensors as RandomSensors
+from .vi.sensors import SensorData as SensorData
+from .vi.simulations import Simulations as Simulations
+from .vi.simulations import simulate as simulate
 from .vi.start import GaussNewton as GaussNewton
 from .vi.start import NewtonCG as NewtonCG
 from .vi.start import PresentParameters as PresentParameters
@@ -146,6 +168,8 @@ from .vi.student_noise import StudentNoise as StudentNoise
 from .vi.transform import GammaPrior as GammaPrior
 from .vi.transform import LogNormalPrior as LogNormalPrior
 from .vi.transform import UniformPrior as UniformPrior
+from .vi.typical import TypicalData as TypicalData
+from .vi.typical import Typicality as Typicality
 from .vi.unknown_scale import UnknownScale as UnknownScale
 
 __version__: str

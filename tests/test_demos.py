@@ -22,7 +22,7 @@ def test_demo(demo: Path, ranks: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [*launch, sys.executable, "-P", str(demo)],
         cwd=tmp_path,
-        env={**os.environ, "MPLBACKEND": "Agg"},
+        env={**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(demo.parent)},  # demos may share parts
         timeout=600,
         capture_output=True,
         text=True,

@@ -385,7 +385,7 @@ def _write_results(session: Session, folder: Path) -> None:
             about = {"family": type(posterior).__name__, "step": session.step}
             write_tensors(folder / "posterior.safetensors", parameters, about)
     write_fields = getattr(prior, "write_fields", None)
-    if write_fields is None:
+    if write_fields is None or getattr(posterior, "is_conditional", False):  # q(m | y) has moments for each y
         return
     q = posterior()
     try:

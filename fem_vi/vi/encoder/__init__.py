@@ -1,0 +1,1 @@
+"""Networks that make features of data, one kind of data a file."""
