@@ -122,7 +122,12 @@ from .vi.posterior.flow import FastDensity as FastDensity
 from .vi.posterior.flow import FastSampling as FastSampling
 from .vi.posterior.flow import Flow as Flow
 from .vi.posterior.flow import NeuralSpline as NeuralSpline
+from .vi.posterior.flow_head import FlowHead as FlowHead
 from .vi.posterior.full_rank import FullRankNormal as FullRankNormal
+from .vi.posterior.heads import DiagonalHead as DiagonalHead
+from .vi.posterior.heads import FullHead as FullHead
+from .vi.posterior.heads import LowRankCovarianceHead as LowRankCovarianceHead
+from .vi.posterior.heads import LowRankPrecisionHead as LowRankPrecisionHead
 from .vi.posterior.low_rank import FreeDiagonal as FreeDiagonal
 from .vi.posterior.low_rank import LowRankNormal as LowRankNormal
 from .vi.posterior.low_rank import UnitDiagonal as UnitDiagonal

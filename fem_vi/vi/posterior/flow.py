@@ -48,6 +48,7 @@ class NeuralSpline:
         transforms: Layers, with the order of the unknowns reversed from one to the next.
         bins: Pieces of each spline.
         hidden: Width of the hidden layers of the networks that give the knots.
+        passes: Passes of the direction that is not the networks' own; 2 makes it a coupling flow, None one for each unknown.
 
     References:
         Durkan, Bekasov, Murray, Papamakarios (2019), Neural spline flows.
@@ -56,17 +57,22 @@ class NeuralSpline:
     transforms: int = 4
     bins: int = 8
     hidden: tuple[int, ...] = (64, 64)
+    passes: int | None = None
 
     def __post_init__(self) -> None:
         whole("NeuralSpline: transforms", self.transforms, least=1)
         whole("NeuralSpline: bins", self.bins, least=2)
         for width in self.hidden:
             whole("NeuralSpline: hidden: an entry", width, least=1)
+        if self.passes is not None:
+            whole("NeuralSpline: passes", self.passes, least=1)
 
-    def __call__(self, features: int) -> nn.Module:
-        """The flow over so many unknowns."""
+    def __call__(self, features: int, context: int = 0) -> nn.Module:
+        """The flow over so many unknowns, with so many numbers as context."""
         flows = import_zuko().flows
-        flow: nn.Module = flows.NSF(features, transforms=self.transforms, bins=self.bins, hidden_features=self.hidden)
+        flow: nn.Module = flows.NSF(
+            features, context, transforms=self.transforms, bins=self.bins, passes=self.passes, hidden_features=self.hidden
+        )
         return flow
 
 
@@ -134,9 +140,9 @@ class Networks(nn.Module):
         super().__init__()
         self.transform = flow.transform
 
-    def forward(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        """T(x) or T^-1(x), `(*batch, n)`, and the log determinant of its derivative, `(*batch,)`."""
-        transform = self.transform()
+    def forward(self, x: Tensor, *, inverse: bool, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """T(x) or T^-1(x), `(*batch, n)`, and the log determinant of its derivative, `(*batch,)`; in a context, if any."""
+        transform = self.transform(context)
         value, ladj = (transform.inv if inverse else transform).call_and_ladj(x)
         return value, ladj
 
@@ -248,7 +254,7 @@ class Flow(FamilyOverPrior):
         self.log_scale = nn.Parameter(torch.zeros(prior.num_global, dtype=torch.float64))
         self.direction = direction
         with private_generator(shared_seed(prior.comm, int(torch.randint(2**62, ())))):
-            self.networks = Networks(_identity(transform, prior.num_global))
+            self.networks = Networks(starts_as_identity("Flow", transform(prior.num_global)))
 
     def __call__(self) -> FlowDistribution:
         """The distribution at the present parameters."""
@@ -273,12 +279,21 @@ class Flow(FamilyOverPrior):
         return Adam(lr=3e-3)
 
 
-def _identity(transform: Callable[[int], nn.Module], features: int) -> nn.Module:
-    """The flow, in float64, with the last layers of its networks at zero, where splines, shifts and scales are the identity."""
+def starts_as_identity(name: str, flow: nn.Module) -> nn.Module:
+    """A flow, in float64, with the last layers of its networks at zero, where splines, shifts and scales are the identity.
+
+    Args:
+        name: Who asks.
+        flow: What was made for it.
+
+    Raises:
+        InvalidInput: Where that is no flow of zuko.
+    """
     zuko = import_zuko()
-    flow = transform(features)
     if not isinstance(flow, zuko.flows.Flow):
-        raise InvalidInput(f"Flow: transform made a {type(flow).__name__}; it must make a flow of zuko, such as zuko.flows.NSF.")
+        raise InvalidInput(
+            f"{name}: transform made a {type(flow).__name__}; it must make a flow of zuko, such as zuko.flows.NSF."
+        )
     kinds = (zuko.flows.MaskedAutoregressiveTransform, zuko.flows.GeneralCouplingTransform)
     for layer in flow.modules():
         if isinstance(layer, kinds) and isinstance(getattr(layer, "hyper", None), nn.Sequential):

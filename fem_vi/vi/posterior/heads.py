@@ -1,0 +1,188 @@
+"""Conditional normal distributions: a network's features become a distribution over vectors.
+
+Each head is one linear layer from features to the numbers that describe a distribution (`raw`), and the distribution that these
+numbers describe (`at`). Batch axes of the features become the `batch_shape`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
+
+from fem_vi.arguments import positive, whole
+from fem_vi.errors import InvalidInput
+from fem_vi.vi.posterior.low_rank_precision import LowRankPrecision
+
+SMALL = 0.1
+
+
+class Head(nn.Module):
+    """Features, `(*batch, num_features)`, to a distribution over vectors, `batch_shape == batch`, `event_shape == (size,)`.
+
+    A new head gives the same distribution for all features: mean zero, standard deviation `std`.
+
+    Args:
+        num_features: Last axis of what it is given.
+        size: Entries of the vectors.
+        num_raw: Numbers that describe one distribution.
+        std: Standard deviation that it starts with.
+
+    Attributes:
+        linear: From features to raw numbers; in float64.
+
+    Raises:
+        InvalidInput: Where a size is no whole number above zero, or `std` not positive.
+
+    MPI: Not collective; parameters are replicated, drawn from torch's generator.
+    """
+
+    def __init__(self, num_features: int, size: int, num_raw: int, *, std: float) -> None:
+        super().__init__()
+        self.num_features = whole("num_features", num_features, least=1)
+        self.size = whole("size", size, least=1)
+        self.log_std = math.log(positive("std", std))
+        self.linear = nn.Linear(num_features, num_raw, dtype=torch.float64)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def __call__(self, features: Tensor) -> Distribution:
+        """The distribution of each row of features."""
+        return super().__call__(features)
+
+    def forward(self, features: Tensor) -> Distribution:
+        """The distribution of each row of features, `(*batch, num_features)`."""
+        return self.at(self.raw(features))
+
+    def raw(self, features: Tensor) -> Tensor:
+        """The numbers that describe the distributions, `(*batch, num_raw)`."""
+        if features.ndim == 0 or features.shape[-1] != self.num_features:
+            raise InvalidInput(
+                f"{type(self).__name__}: features have shape {tuple(features.shape)}; the last axis must be {self.num_features}."
+            )
+        return self.linear(features)
+
+    def at(self, raw: Tensor) -> Distribution:
+        """The distribution that raw numbers describe."""
+        raise NotImplementedError
+
+
+class DiagonalHead(Head):
+    """N(mu, diag(sigma^2)), as `Independent(Normal)`.
+
+    Args:
+        num_features: Last axis of the features.
+        size: Entries of the vectors.
+        std: Standard deviation that it starts with.
+
+    Example:
+        >>> q = DiagonalHead(64, 16)(features)
+    """
+
+    def __init__(self, num_features: int, size: int, *, std: float = 1.0) -> None:
+        super().__init__(num_features, size, 2 * size, std=std)
+
+    def at(self, raw: Tensor) -> Distribution:
+        """The distribution that raw numbers describe."""
+        mu, log_sigma = raw.split(self.size, dim=-1)
+        return Independent(Normal(mu, (self.log_std + log_sigma).exp(), validate_args=False), 1, validate_args=False)
+
+
+class FullHead(Head):
+    """N(mu, L L') with L lower triangular, as `MultivariateNormal`: size (size + 3) / 2 numbers.
+
+    Args:
+        num_features: Last axis of the features.
+        size: Entries of the vectors.
+        std: Standard deviation that it starts with.
+
+    Example:
+        >>> q = FullHead(64, 16)(features)
+    """
+
+    def __init__(self, num_features: int, size: int, *, std: float = 1.0) -> None:
+        super().__init__(num_features, size, size * (size + 3) // 2, std=std)
+        self.register_buffer("below", torch.tril_indices(size, size, offset=-1), persistent=False)
+
+    def at(self, raw: Tensor) -> Distribution:
+        """The distribution that raw numbers describe."""
+        n = self.size
+        mu, log_diagonal, below = raw.split([n, n, n * (n - 1) // 2], dim=-1)
+        tril = torch.diag_embed((self.log_std + log_diagonal).exp())
+        row, column = self.get_buffer("below")
+        return MultivariateNormal(mu, scale_tril=_put(tril, row, column, below), validate_args=False)
+
+
+class LowRankCovarianceHead(Head):
+    """N(mu, W W' + D) with W of `rank` columns and D diagonal, as `LowRankMultivariateNormal`.
+
+    For what varies most along a few directions, such as the solution of a PDE. For posteriors take `LowRankPrecisionHead`: data
+    add precision in a few directions, which this family does not contain.
+
+    Args:
+        num_features: Last axis of the features.
+        size: Entries of the vectors.
+        rank: Columns of W.
+        std: Standard deviation that it starts with, nearly all of it from D.
+
+    Example:
+        >>> q = LowRankCovarianceHead(64, 400, rank=8)(features)
+    """
+
+    def __init__(self, num_features: int, size: int, *, rank: int, std: float = 1.0) -> None:
+        rank = checked_rank(rank, size)
+        super().__init__(num_features, size, (2 + rank) * size, std=std)
+        self.rank = rank
+        with torch.no_grad():  # at W = 0 the gradient with respect to W would vanish
+            self.linear.bias[2 * size :] = SMALL / math.sqrt(rank) * torch.randn(rank * size, dtype=torch.float64)
+
+    def at(self, raw: Tensor) -> Distribution:
+        """The distribution that raw numbers describe."""
+        mu, log_sigma, W = raw.split([self.size, self.size, self.rank * self.size], dim=-1)
+        factor = math.exp(self.log_std) * W.unflatten(-1, (self.size, self.rank))
+        return LowRankMultivariateNormal(mu, factor, (2.0 * (self.log_std + log_sigma)).exp(), validate_args=False)
+
+
+class LowRankPrecisionHead(Head):
+    """N(mu, (D^(1/2) (I + U U') D^(1/2))^-1) with U of `rank` columns and D diagonal, as `LowRankPrecision`.
+
+    In whitened coordinates it contains the posterior of an affine map with Gaussian noise once the rank is at least the number of
+    data. For what is fixed up to a few directions, take `LowRankCovarianceHead`.
+
+    Args:
+        num_features: Last axis of the features.
+        size: Entries of the vectors.
+        rank: Columns of U.
+        std: Standard deviation that it starts with, nearly.
+
+    Example:
+        >>> q = LowRankPrecisionHead(64, 400, rank=20)(features)
+    """
+
+    def __init__(self, num_features: int, size: int, *, rank: int, std: float = 1.0) -> None:
+        rank = checked_rank(rank, size)
+        super().__init__(num_features, size, (2 + rank) * size, std=std)
+        self.rank = rank
+        with torch.no_grad():  # at U = 0 the gradient with respect to U would vanish
+            self.linear.bias[2 * size :] = SMALL / math.sqrt(size) * torch.randn(rank * size, dtype=torch.float64)
+
+    def at(self, raw: Tensor) -> Distribution:
+        """The distribution that raw numbers describe."""
+        mu, log_precision, U = raw.split([self.size, self.size, self.rank * self.size], dim=-1)
+        return LowRankPrecision(mu, log_precision - 2.0 * self.log_std, U.unflatten(-1, (self.rank, self.size)))
+
+
+def _put(tril: Tensor, row: Tensor, column: Tensor, values: Tensor) -> Tensor:
+    """Matrices `(*batch, n, n)` with entries below the diagonal; differentiable."""
+    flat = torch.zeros_like(tril).flatten(-2)
+    index = (row * tril.shape[-1] + column).expand(values.shape)
+    return tril + flat.scatter(-1, index, values).unflatten(-1, tril.shape[-2:])
+
+
+def checked_rank(rank: int, size: int) -> int:
+    """A rank between one and the number of entries."""
+    if whole("rank", rank, least=1) > whole("size", size, least=1):
+        raise InvalidInput(f"rank is {rank}; it must lie between 1 and the {size} entries of the vectors.")
+    return rank
