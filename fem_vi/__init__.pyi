@@ -1,4 +1,5 @@
 # The public names of fem_vi.
+from . import models as models
 from .bridge.convert import to_function as to_function
 from .bridge.convert import to_tensor as to_tensor
 from .bridge.evolve import Evolve as Evolve
@@ -32,6 +33,8 @@ from .bridge.solve import MaskFailed as MaskFailed
 from .bridge.solve import RaiseFailed as RaiseFailed
 from .bridge.solve import Solve as Solve
 from .bridge.split import Split as Split
+from .bridge.state_map import Nodal as Nodal
+from .bridge.state_map import ReducedBasis as ReducedBasis
 from .bridge.torch_kernel import TorchKernel as TorchKernel
 from .bridge.torch_residual import TorchResidual as TorchResidual
 from .diagnostic_figures import plot_calibration as plot_calibration
@@ -118,6 +121,7 @@ from .vi.objective import ELBO as ELBO
 from .vi.objective import AnalyticKL as AnalyticKL
 from .vi.objective import PathDerivative as PathDerivative
 from .vi.objective import TotalDerivative as TotalDerivative
+from .vi.optimizer import Adam as Adam
 from .vi.posterior.flow import FastDensity as FastDensity
 from .vi.posterior.flow import FastSampling as FastSampling
 from .vi.posterior.flow import Flow as Flow
@@ -150,5 +154,8 @@ from .vi.transform import GammaPrior as GammaPrior
 from .vi.transform import LogNormalPrior as LogNormalPrior
 from .vi.transform import UniformPrior as UniformPrior
 from .vi.unknown_scale import UnknownScale as UnknownScale
+from .vi.virtual_noise import AnnealedEps as AnnealedEps
+from .vi.virtual_noise import FixedEps as FixedEps
+from .vi.virtual_noise import LearnedEps as LearnedEps
 
 __version__: str
