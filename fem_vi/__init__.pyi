@@ -33,6 +33,8 @@ from .bridge.solve import MaskFailed as MaskFailed
 from .bridge.solve import RaiseFailed as RaiseFailed
 from .bridge.solve import Solve as Solve
 from .bridge.split import Split as Split
+from .bridge.state_map import Nodal as Nodal
+from .bridge.state_map import ReducedBasis as ReducedBasis
 from .bridge.torch_kernel import TorchKernel as TorchKernel
 from .bridge.torch_residual import TorchResidual as TorchResidual
 from .diagnostic_figures import plot_calibration as plot_calibration
@@ -131,6 +133,7 @@ from .vi.objective import ELBO as ELBO
 from .vi.objective import AnalyticKL as AnalyticKL
 from .vi.objective import PathDerivative as PathDerivative
 from .vi.objective import TotalDerivative as TotalDerivative
+from .vi.optimizer import Adam as Adam
 from .vi.posterior.amortised import Amortised as Amortised
 from .vi.posterior.flow import FastDensity as FastDensity
 from .vi.posterior.flow import FastSampling as FastSampling
@@ -171,5 +174,8 @@ from .vi.transform import UniformPrior as UniformPrior
 from .vi.typical import TypicalData as TypicalData
 from .vi.typical import Typicality as Typicality
 from .vi.unknown_scale import UnknownScale as UnknownScale
+from .vi.virtual_noise import AnnealedEps as AnnealedEps
+from .vi.virtual_noise import FixedEps as FixedEps
+from .vi.virtual_noise import LearnedEps as LearnedEps
 
 __version__: str

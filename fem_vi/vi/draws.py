@@ -107,13 +107,17 @@ class Draws:
         return (self.weights * values).sum()
 
 
-def frozen(posterior: nn.Module) -> Distribution:
+def frozen(posterior: nn.Module, *given: Tensor) -> Distribution:
     """The distribution of `posterior` with its parameters held constant.
+
+    Args:
+        posterior: Module whose `forward()` is a distribution.
+        given: What `forward` takes: what an amortised family is conditioned on.
 
     MPI: Collective.
     """
     constants = {name: value.detach() for name, value in posterior.named_parameters()}
-    return torch.func.functional_call(posterior, constants, ())  # type: ignore[attr-defined]
+    return torch.func.functional_call(posterior, constants, given)  # type: ignore[attr-defined]
 
 
 def take(

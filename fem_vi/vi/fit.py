@@ -30,7 +30,7 @@ from fem_vi.vi.lbfgs import LBFGS
 from fem_vi.vi.natural import NaturalGradient
 from fem_vi.vi.objective import Objective, Terms
 from fem_vi.vi.optimizer import Constant, Cosine, OptimizerFactory, default_optimizer, set_learning_rate
-from fem_vi.vi.problem import Cost, InverseProblem
+from fem_vi.vi.problem import Cost, InverseProblem, Problem
 from fem_vi.vi.progress import progress_bar
 from fem_vi.vi.randomness import private_generator
 from fem_vi.vi.run import (
@@ -58,7 +58,7 @@ EXACT = 1e-4
 
 
 def fit(
-    problem: InverseProblem,
+    problem: InverseProblem | Problem,
     posterior: nn.Module,
     objective: Objective,
     *,
@@ -74,7 +74,7 @@ def fit(
     keep: Last | Best = Last(),  # noqa: B008 - frozen
     callbacks: Sequence[Callable[[Row], None]] = (),
 ) -> Run:
-    """Fit a posterior to an inverse problem by stochastic gradients.
+    """Fit a posterior to an inverse problem, or a model to one stage of its training, by stochastic gradients.
 
     With a path, the run folder holds config.json, history.csv, checkpoints, the fitted parameters as safetensors and the
     mean and standard deviation as fields. A fit that was killed goes on with `resume=True` from its newest sound checkpoint,
@@ -82,7 +82,7 @@ def fit(
     between two steps, with a checkpoint and `FitInterrupted`, which says so; a second one acts at once.
 
     Args:
-        problem: Prior, forward map, likelihood, data.
+        problem: `InverseProblem`: prior, forward map, likelihood, data; or another that the objective knows (`Problem`).
         posterior: Module whose `forward()` is a distribution; changed in place.
         objective: `ELBO(samples=8)`, for example.
         steps: Steps of the whole run; with `resume`, including those done before.
@@ -112,7 +112,7 @@ def fit(
 
     MPI: Collective. Rank 0 writes; `path` must be on a file system that all ranks see.
     """
-    instance("problem", problem, InverseProblem)
+    instance("problem", problem, InverseProblem, Problem)
     comm = problem.prior.comm
     with raise_on_all(comm):
         instance("posterior", posterior, nn.Module)
@@ -149,10 +149,10 @@ def fit(
         choices: dict[str, object] = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
         choices |= {"stop": stop, "keep": keep}
         config = _describe(session, choices, seed)
-        if folder is not None:
+        if folder is not None and isinstance(problem, InverseProblem):
             config["problem"]["forward"] = describe_forward(problem)
         if folder is None or not _restore(session, folder, config, resume):
-            begin(problem, posterior)
+            begin(problem, posterior)  # type: ignore[arg-type]  # only an InverseProblem can be linearised
         _loop(session, folder, checkpoint_every, callbacks, stop)
         session.take_kept()
         if folder is not None:
@@ -161,7 +161,10 @@ def fit(
 
 
 def _create(
-    optimizer: OptimizerFactory | NaturalGradient | LBFGS, problem: InverseProblem, posterior: nn.Module, objective: Objective
+    optimizer: OptimizerFactory | NaturalGradient | LBFGS,
+    problem: Problem | InverseProblem,
+    posterior: nn.Module,
+    objective: Objective,
 ) -> torch.optim.Optimizer:
     """The optimiser of a posterior; errors on all ranks. Collective."""
     with raise_on_all(problem.prior.comm):
@@ -172,7 +175,7 @@ def _create(
         return optimizer(posterior.parameters())
 
 
-def _check_same_on_all_ranks(problem: InverseProblem, posterior: nn.Module, given: Mapping[str, object]) -> None:
+def _check_same_on_all_ranks(problem: InverseProblem | Problem, posterior: nn.Module, given: Mapping[str, object]) -> None:
     """Raise on all ranks where they were given different arguments, which would leave some waiting for others. Collective."""
     comm = problem.prior.comm
     own = {name: name_of(value) for name, value in given.items()}
@@ -190,7 +193,7 @@ def _check_same_on_all_ranks(problem: InverseProblem, posterior: nn.Module, give
 
 
 def _stored_start(
-    problem: InverseProblem, posterior: nn.Module, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
+    problem: InverseProblem | Problem, posterior: nn.Module, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
 ) -> GaussNewton | NewtonCG | PresentParameters:
     """The start that the run in a folder chose by default; `begin` where there is no such run. Collective.
 

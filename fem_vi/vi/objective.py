@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,8 @@ class Terms:
 class Objective(Protocol):
     """Something to fit a posterior to."""
 
-    def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Terms:
-        """Draw samples and evaluate; one batched forward solve. Collective."""
+    def __call__(self, problem: Any, posterior: Any) -> Terms:
+        """Draw samples and evaluate; for an `InverseProblem` one batched forward solve. Collective."""
 
 
 @dataclass(frozen=True)

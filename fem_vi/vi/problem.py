@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 from zlib import crc32
 
 import torch
@@ -52,6 +52,22 @@ class Cost:
     def solves(self) -> int:
         """Forward and backward solves together."""
         return self.forward + self.backward
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """What `fit` needs of what a module is fitted to: an `InverseProblem`, or a stage in the training of a model."""
+
+    @property
+    def prior(self) -> FieldPrior:
+        """Of the unknowns, whose layout that of the module's `fields` is."""
+
+    @property
+    def cost(self) -> Cost:
+        """Samples solved so far."""
+
+    def describe(self) -> dict[str, Any]:
+        """What tells it from other problems, for config.json. Collective."""
 
 
 class InverseProblem:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fem_vi.arguments import is_number
 from fem_vi.errors import RunFolderError, SolveFailed
 from fem_vi.output import read_history
-from fem_vi.vi.problem import Cost, InverseProblem
+from fem_vi.vi.problem import Cost, InverseProblem, Problem
 from fem_vi.vi.randomness import private_generator
 
 # How far vectors of two descriptions of one problem may be apart, as a fraction of their norms.
@@ -89,8 +89,10 @@ def name_of(choice: object) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(choice))
 
 
-def describe_problem(problem: InverseProblem) -> dict[str, Any]:
-    """Prior, likelihood and data of a problem, for config.json."""
+def describe_problem(problem: InverseProblem | Problem) -> dict[str, Any]:
+    """Prior, likelihood and data of an inverse problem, for config.json; of another what it says itself."""
+    if not isinstance(problem, InverseProblem):
+        return problem.describe()
     std = getattr(problem.likelihood, "std", None)
     return {
         "prior": name_of(problem.prior),

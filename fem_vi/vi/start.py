@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fem_vi.arguments import positive, whole
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.mode import Convergence, conjugate_gradients, direct_step, find_mode
-from fem_vi.vi.problem import InverseProblem
+from fem_vi.vi.problem import InverseProblem, Problem
 from fem_vi.vi.products import GaussNewtonProducts, JacobianRows
 from fem_vi.vi.spectrum import dominant_directions
 
@@ -190,11 +190,12 @@ def starts_linearised(start: GaussNewton | NewtonCG | PresentParameters, posteri
     return not isinstance(start, PresentParameters) or getattr(posterior, "report", None) is not None
 
 
-def default_start(problem: InverseProblem, posterior: nn.Module) -> GaussNewton | PresentParameters:
-    """`GaussNewton()` for a new posterior that can use it, with at most 1,000 data; else `PresentParameters()`.
+def default_start(problem: InverseProblem | Problem, posterior: nn.Module) -> GaussNewton | PresentParameters:
+    """`GaussNewton()` for a new posterior that can use it, of at most 1,000 data; else `PresentParameters()`.
 
     MPI: Collective.
     """
-    if len(problem.y) <= MOST_DATA and isinstance(posterior, Startable) and posterior.is_fresh():
+    few = isinstance(problem, InverseProblem) and len(problem.y) <= MOST_DATA
+    if few and isinstance(posterior, Startable) and posterior.is_fresh():
         return GaussNewton()
     return PresentParameters()
