@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -151,7 +153,27 @@ def test_diagnosis_says_how_far_weights_move_it():
         posterior.below *= 1.2214
     wide = diagnose(affine.problem(), posterior, samples=4000)
     assert wide.sd_ratio == pytest.approx(0.82, abs=0.05)
-    assert wide.mean_shift < 0.1
+    assert 0.3 * wide.chance_shift < wide.mean_shift < 3.0 * wide.chance_shift  # its mean is right
+
+
+def test_the_verdict_is_that_of_the_table():
+    affine = Affine.create()
+    posterior = fitted(affine, FullRankNormal)
+    with torch.no_grad():
+        posterior.log_diagonal += 0.2
+        posterior.below *= 1.2214
+    wide = diagnose(affine.problem(), posterior, samples=4000)
+    assert wide.khat < 0.5
+    assert "Usable with care: spreads that importance weights change." in wide.verdict
+    row = next(line for line in str(wide).splitlines() if "standard deviations by" in line)
+    assert "no" in row.split()
+    narrow = dataclasses.replace(wide, khat=1.3)
+    assert "Do not trust" in narrow.verdict
+    assert "not known: see k-hat" in str(narrow)
+    moved = dataclasses.replace(wide, sd_ratio=1.0, mean_shift=0.3, chance_shift=0.1)
+    assert "means that importance weights move" in moved.verdict
+    by_chance = dataclasses.replace(moved, chance_shift=0.3)
+    assert "close to the exact one" in by_chance.verdict
 
 
 def test_nearly_equal_weights_are_no_reason_for_distrust():
