@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Annotated
 
 import typer
 
-from fem_vi import cli_mesh
+from fem_vi import __version__, cli_mesh
 
 app = typer.Typer(
     name="fem-vi",
@@ -19,8 +20,16 @@ app = typer.Typer(
 app.add_typer(cli_mesh.app, name="mesh")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fem_vi {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     """Variational inference for PDEs on meshes."""
 
 

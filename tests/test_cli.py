@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import fem_vi
 from fem_vi import doctor
 from fem_vi.cli import app
 from fem_vi.doctor import Findings, Part
@@ -46,6 +47,12 @@ def test_doctor_says_what_is_missing(without: tuple[str, ...], tmp_path: Path) -
     assert "Traceback" not in done.stderr
     for name in without:
         assert f"missing: {name} cannot be imported" in done.stdout
+
+
+def test_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    assert done.stdout.strip() == f"fem_vi {fem_vi.__version__}"
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -164,7 +164,10 @@ class _Pushforward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        raise ctx.operator.refusal("second derivatives of reverse mode over either mode, and of forward over reverse")
+        raise ctx.operator.refusal(
+            "second derivatives of reverse mode over either mode, and of forward over reverse (products with Hessians are "
+            "gradients of gradients: torch.autograd.functional.vhp, torch.func.hessian)"
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], operator: BatchedOperator, call: Call, out: Tensor, *tensors: Tensor) -> Any:

@@ -216,8 +216,7 @@ class BatchedOperator(ABC):
     def refusal(self, what: str) -> UnsupportedDerivative:
         """The error for a derivative that is not there; `what` says what is."""
         return UnsupportedDerivative(
-            f"{self._name} has {what}; another derivative was asked for. Detach what is not to be differentiated again. "
-            "Products with Hessians are gradients of gradients: torch.autograd.functional.vhp, torch.func.hessian."
+            f"{self._name} has {what}; another derivative was asked for. Detach what is not to be differentiated again."
         )
 
     def _check_ranks(self, batch: tuple[int, ...], inputs: Sequence[Tensor]) -> None:

@@ -6,6 +6,7 @@ that the rank of f(m*) among the f(m_i) is uniform on 0, ..., L for every functi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,7 @@ def calibrate(
     prior = problem.prior
     with raise_on_all(prior.comm):
         instance("infer", infer, Callable)  # type: ignore[arg-type]
+        _check_takes_problem_and_seed(infer, problem)
         repeats, draws = whole("repeats", repeats, least=20), whole("draws", draws, least=9)
         seed = whole("seed", seed)
     seed = shared_seed(prior.comm, seed)
@@ -143,6 +145,18 @@ def calibrate(
     if len(found) != ranks.shape[1]:
         raise InvalidInput(f"names has {len(found)} entries; quantities returned {ranks.shape[1]}.")
     return _judged(ranks, draws, found)
+
+
+def _check_takes_problem_and_seed(infer: Inference, problem: InverseProblem) -> None:
+    try:
+        inspect.signature(infer).bind(problem, 0)
+    except TypeError as error:
+        raise InvalidInput(
+            f"infer cannot be called as infer(problem, seed): {error}. For an inference without a seed pass "
+            "lambda problem, seed: fem_vi.laplace(problem)."
+        ) from error
+    except ValueError:
+        pass  # a function of C without a signature
 
 
 def _default_quantities(problem: InverseProblem) -> tuple[Callable[[InverseProblem, Tensor], Tensor], list[str]]:

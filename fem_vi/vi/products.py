@@ -132,7 +132,8 @@ class GaussNewtonProducts:
             return _rows(self._pushforward, v)
         except UnsupportedDerivative as error:
             raise UnsupportedDerivative(
-                f"{error} NewtonCG needs products with the derivative of the predictions; GaussNewton() takes adjoints only."
+                f"{error} NewtonCG() needs products with the derivative of the predictions; GaussNewton() takes adjoints only: "
+                "laplace(problem, mode=fem_vi.GaussNewton()), fit(..., start=fem_vi.GaussNewton())."
             ) from error
 
     def adjoint(self, w: Tensor) -> Tensor:

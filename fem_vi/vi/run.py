@@ -7,7 +7,7 @@ import platform
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from types import FunctionType
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fem_vi
 from fem_vi.arguments import is_number
 from fem_vi.errors import RunFolderError, SolveFailed
 from fem_vi.output import read_history
@@ -60,7 +61,7 @@ class Row:
         return Row(step=int(row["step"]), solves=int(row["solves"]), **number)
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
+COLUMNS = tuple(column.name for column in fields(Row))
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Run:
     """
 
     posterior: nn.Module
-    history: tuple[Row, ...]
-    config: dict[str, Any]
+    history: tuple[Row, ...] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
     cost: Cost
     path: Path | None
 
@@ -159,8 +160,8 @@ def _is_sketch(value: Any) -> bool:
 
 def describe_versions() -> dict[str, str]:
     """Versions of what a run depends on, for config.json; packages that are not installed are left out."""
-    found = {"python": platform.python_version()}
-    for package in ("fem_vi", "torch", "numpy", "fenics-dolfinx", "petsc4py", "mpi4py"):
+    found = {"python": platform.python_version(), "fem_vi": fem_vi.__version__}
+    for package in ("torch", "numpy", "fenics-dolfinx", "petsc4py", "mpi4py"):
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

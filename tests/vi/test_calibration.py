@@ -9,6 +9,7 @@ from mpi4py import MPI
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.calibration import calibrate
 from fem_vi.vi.fit import fit
+from fem_vi.vi.laplace import laplace
 from fem_vi.vi.mcmc.chains import sample
 from fem_vi.vi.mcmc.hmc import HMC
 from fem_vi.vi.objective import ELBO
@@ -82,6 +83,13 @@ def test_a_chain_of_samplers_is_calibrated():
 
     calibration = calibrate(Affine.create(3, 2, std=1.0).problem(), infer, repeats=60, draws=19)
     assert min(calibration.p_values) > 0.01
+
+
+def test_refuses_an_inference_that_takes_something_else_before_it_simulates():
+    problem = Affine.create(3, 2).problem()
+    with pytest.raises(InvalidInput, match=r"infer cannot be called as infer\(problem, seed\)"):
+        calibrate(problem, laplace)
+    assert problem.cost.solves == 0
 
 
 def test_repeats_and_leaves_the_generator_alone():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
+import fem_vi
 from fem_vi import output
 from fem_vi.errors import InvalidInput, RunFolderError
 from fem_vi.vi.diagnostics import diagnose
@@ -145,6 +146,7 @@ def test_run_folder(tmp_path):
     assert config["posterior"] == {"family": "LowRankNormal", "parameters": {"U": [2, 5], "mu": [5]}}
     assert (config["steps"], config["seed"], config["ranks"]) == (5, 0, 1)
     assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["fem_vi"] == fem_vi.__version__
     assert config == run.config
     tensors, about = output.read_tensors(folder / "posterior.safetensors")
     assert about["family"] == "LowRankNormal"
