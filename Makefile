@@ -22,16 +22,24 @@ test-1:
 	@echo "Tests on 1 rank"
 	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) -n auto --maxprocesses=4 --ignore=tests/test_demos.py
 
+# Three ranks are there for ranks that own nothing and ranks that are no neighbours: a third of the rows of each table show that.
+test-3: SAMPLE = --sample-rows
 test-2 test-3: test-%:
 	@echo "Tests on $* ranks"
-	@$(MPI) $* $(PYTEST) -m "mpi and not long"
+	@$(MPI) $* $(PYTEST) -m "mpi and not long" $(SAMPLE)
 
 test-demos:
 	@echo "Demos on 1 and 2 ranks"
-	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) tests/test_demos.py
+	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) -n 2 tests/test_demos.py
 
-test-long:  ## the tests that take minutes
+test-long:  ## the tests that take minutes, all rows on 3 ranks
 	@$(RUN) timeout --kill-after=10 7200 $(PYTEST) -m long
+	@$(MPI) 2 $(PYTEST) -m "mpi and long"
+	@$(MPI) 3 $(PYTEST) -m "mpi"
+
+# Ranks that wait leave the core to those that work: there may be more of them than cores.
+test test-1 test-2 test-3 test-demos test-long: export OMPI_MCA_mpi_yield_when_idle = 1
+test test-1 test-2 test-3 test-demos test-long: export OMPI_MCA_threads_pthreads_yield_strategy = nanosleep
 
 bench:  ## benchmarks, against floors and other packages; for a quiet machine
 	@for each in tests/benchmarks/bench_*.py; do $(RUN) python3 -m tests.benchmarks.$$(basename $$each .py) || exit 1; done

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
 import time
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -20,6 +23,29 @@ _terminal = 2
 
 hypothesis.settings.register_profile("ranks", deadline=None, derandomize=COMM.size > 1, database=None)
 hypothesis.settings.load_profile("ranks")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--sample-rows`: of a test with many rows, run a third."""
+    parser.addoption("--sample-rows", action="store_true", help="of each test with more than five rows, run a third")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--sample-rows`, leave a third of the rows of each test that has more than five, unless it says `every_row`.
+
+    Which ones follows from their names: each test meets other rows, and each row other tests, the same ones every time.
+    """
+    if not config.getoption("sample_rows"):
+        return
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out: set[pytest.Item] = set()
+    for rows in tests.values():
+        if len(rows) > 5 and not any("every_row" in mark.kwargs for mark in rows[0].iter_markers("mpi")):
+            left_out.update(sorted(rows, key=lambda item: zlib.crc32(item.nodeid.encode()))[-(-len(rows) // 3) :])
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -45,8 +71,43 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     mine = [item.nodeid for item in session.items]
     if COMM.size > 1 and any(theirs != mine for theirs in COMM.allgather(mine)):
         pytest.exit(f"rank {COMM.rank} of {COMM.size} collected other tests than the others", returncode=1)
+    if "dolfinx.jit" in sys.modules:
+        _look_forms_up_fast()
     gc.collect()
     gc.freeze()  # what is there now stays: a collection after each test need not look at it (0.15 s each time)
+
+
+def _look_forms_up_fast() -> None:
+    """Spare the tests, which build the same small operators over and over, most of the time that warm caches still cost.
+
+    FFCx lists the whole cache folder, of thousands of files, whenever it looks for a compiled form: it does so once for each
+    form. In DOLFINx the others wait while rank 0 looks, then rank 0 waits: what is slow there, the form's signature, which UFL
+    keeps, is made by all at once. UFL makes a cell anew, with all its facets and edges, whenever an element is asked for it.
+    """
+    import basix.ufl
+    import dolfinx.jit
+    import ffcx.codegeneration.jit as ffcx_jit
+    import ufl
+
+    found: dict[Any, Any] = {}
+    look, compile_form, cell = ffcx_jit.get_cached_module, dolfinx.jit.ffcx_jit, functools.cache(ufl.Cell)
+
+    def look_once(module_name: str, object_names: list[str], cache_dir: Path, timeout: int) -> Any:
+        key = (module_name, *object_names, str(cache_dir))
+        if key not in found:
+            answer = look(module_name, object_names, cache_dir, timeout)
+            if answer[0] is None:
+                return answer  # it is to be compiled now
+            found[key] = answer
+        return found[key]
+
+    def sign_and_compile(comm: MPI.Comm, ufl_object: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(ufl_object, ufl.Form):
+            ufl_object.signature()
+        return compile_form(comm, ufl_object, *args, **kwargs)
+
+    ffcx_jit.get_cached_module, dolfinx.jit.ffcx_jit = look_once, sign_and_compile
+    basix.ufl._ElementBase.cell = property(lambda element: cell(element._cellname))
 
 
 def _any_failed(failed: bool, report: str) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, TypeVar
 
 import basix.ufl
 import numpy as np
@@ -16,6 +17,27 @@ from torch import Tensor
 
 import fem_vi
 from fem_vi.pde.coordinates import Coordinates
+
+Row = TypeVar("Row")
+
+
+def once(build: Callable[[MPI.Comm], Row]) -> Callable[[MPI.Comm], Row]:
+    """Build a row of a table once in a process for each communicator, as most of the time of a small test goes into that.
+
+    No test may change what it is given: operators never write to the Functions of their caller, which is itself a test.
+    """
+    built: dict[bool, Row] = {}
+
+    @wraps(build)
+    def kept(comm: MPI.Comm) -> Row:
+        if comm not in (MPI.COMM_SELF, MPI.COMM_WORLD):
+            return build(comm)
+        alone = comm == MPI.COMM_SELF
+        if alone not in built:
+            built[alone] = build(comm)
+        return built[alone]
+
+    return kept
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,16 @@ class Case:
     weights: list[Tensor]
     state: fem.Function
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def solve(self) -> fem_vi.Solve:
+        """The solver, as it is by default: one for all tests of the row."""
+        return fem_vi.Solve(self.pde)
+
+    @cached_property
+    def residual(self) -> fem_vi.Residual:
+        """The residual, as it is by default: one for all tests of the row."""
+        return fem_vi.Residual(self.pde)
 
 
 def owned(function: fem.Function) -> Tensor:
@@ -283,7 +315,7 @@ def moving_mesh(comm: MPI.Comm) -> Case:
 
 
 CASES: dict[str, Callable[[MPI.Comm], Case]] = {
-    build.__name__: build
+    build.__name__: once(build)
     for build in (
         log_diffusion,
         source_and_data,

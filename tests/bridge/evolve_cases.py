@@ -15,7 +15,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 import fem_vi
-from tests.helpers import boundary_dofs, everywhere, interpolated, left, square
+from tests.helpers import boundary_dofs, everywhere, interpolated, left, once, square
 
 NUM_STEPS = 4
 DT = 0.05
@@ -195,7 +195,8 @@ def navier_stokes(comm: MPI.Comm) -> TimeCase:
 
 
 TIME_CASES: dict[str, Callable[[MPI.Comm], TimeCase]] = {
-    build.__name__: build for build in (heat, clocked_heat, sources, wave, allen_cahn, burgers, linearised_burgers, navier_stokes)
+    build.__name__: once(build)
+    for build in (heat, clocked_heat, sources, wave, allen_cahn, burgers, linearised_burgers, navier_stokes)
 }
 
 

@@ -264,7 +264,7 @@ ON_ONE_RANK: dict[str, tuple[Call, str]] = {
 }
 
 
-@pytest.mark.mpi
+@pytest.mark.mpi(every_row=True)
 @pytest.mark.parametrize("name", ON_ONE_RANK)
 def test_a_mistake_on_one_rank_is_raised_on_all(name: str) -> None:
     call, words = ON_ONE_RANK[name]
@@ -289,7 +289,7 @@ BETWEEN_RANKS: dict[str, tuple[Call, str]] = {
 }
 
 
-@pytest.mark.mpi
+@pytest.mark.mpi(every_row=True)
 @pytest.mark.skipif(COMM.size == 1, reason="one rank cannot differ from another")
 @pytest.mark.parametrize("name", BETWEEN_RANKS)
 def test_what_must_be_replicated_differs_between_ranks(name: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fem_vi
 from fem_vi.pde import petsc_options
-from tests.helpers import CASES, boundary_dofs, everywhere, interpolated, square
+from tests.helpers import CASES, boundary_dofs, everywhere, interpolated, source_and_data, square
 
 COMM = MPI.COMM_WORLD
 
@@ -217,7 +217,7 @@ def test_unknown_preconditioner_is_named() -> None:
 
 
 def test_moved_mesh_is_noticed_forward_and_backward() -> None:
-    case = CASES["source_and_data"](MPI.COMM_SELF)
+    case = source_and_data(MPI.COMM_SELF)  # of its own, as it is changed
     solve = fem_vi.Solve(case.pde)
     inputs = [x.clone().requires_grad_() for x in case.values]
     u = solve(*inputs)

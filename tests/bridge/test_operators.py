@@ -38,22 +38,22 @@ def loss_of(case: Case, u: Tensor, comm: MPI.Comm) -> Tensor:
 @every_case
 def test_gradcheck_of_solve(build: Callable[[MPI.Comm], Case]) -> None:
     case = build(MPI.COMM_SELF)
-    assert torch.autograd.gradcheck(fem_vi.Solve(case.pde), leaves(case), fast_mode=True)
+    assert torch.autograd.gradcheck(case.solve, leaves(case), fast_mode=True)
 
 
 @every_case
 def test_gradcheck_of_residual(build: Callable[[MPI.Comm], Case]) -> None:
     case = build(MPI.COMM_SELF)
     u = (0.3 * case.weights[-1]).clone().requires_grad_()
-    assert torch.autograd.gradcheck(fem_vi.Residual(case.pde), [u, *leaves(case)], fast_mode=True)
+    assert torch.autograd.gradcheck(case.residual, [u, *leaves(case)], fast_mode=True)
 
 
 @pytest.mark.mpi
 @every_case
 def test_residual_of_the_solution_is_zero(build: Callable[[MPI.Comm], Case]) -> None:
     case = build(COMM)
-    u = fem_vi.Solve(case.pde)(*case.values)
-    r = fem_vi.Residual(case.pde)(u, *case.values)
+    u = case.solve(*case.values)
+    r = case.residual(u, *case.values)
     assert float(r.abs().max()) < 1e-10
     assert float(fem_vi.all_sum(u.abs().sum(), COMM)) > 1e-3
 
@@ -62,7 +62,7 @@ def test_residual_of_the_solution_is_zero(build: Callable[[MPI.Comm], Case]) -> 
 @every_case
 def test_taylor_remainder_is_second_order(build: Callable[[MPI.Comm], Case]) -> None:
     case = build(COMM)
-    solve = fem_vi.Solve(case.pde)
+    solve = case.solve
     inputs = leaves(case)
     start = loss_of(case, solve(*inputs), COMM)
     gradients = torch.autograd.grad(start, inputs)
@@ -82,7 +82,7 @@ def test_any_number_of_ranks_gives_the_same(build: Callable[[MPI.Comm], Case]) -
     for comm in (COMM, MPI.COMM_SELF):
         case = build(comm)
         inputs = leaves(case)
-        u = fem_vi.Solve(case.pde)(*inputs)
+        u = case.solve(*inputs)
         loss = loss_of(case, u, comm)
         gradients = torch.autograd.grad(loss, inputs)
         numbers.append([float(loss.detach()), *paired(comm, list(gradients), case.weights[:-1], fields_of(case))])
@@ -94,7 +94,7 @@ def test_any_number_of_ranks_gives_the_same(build: Callable[[MPI.Comm], Case]) -
 def test_adjoint_of_residual(build: Callable[[MPI.Comm], Case]) -> None:
     """<J v, w> = <v, J' w> with J v by central differences, for state and inputs together."""
     case = build(COMM)
-    residual = fem_vi.Residual(case.pde)
+    residual = case.residual
     u = 0.3 * case.weights[-1]
     at = [u.clone().requires_grad_(), *leaves(case)]
     directions = [case.weights[-1], *case.weights[:-1]]
@@ -111,7 +111,7 @@ def test_adjoint_of_residual(build: Callable[[MPI.Comm], Case]) -> None:
 @every_case
 def test_two_forwards_before_two_backwards(build: Callable[[MPI.Comm], Case]) -> None:
     case = build(COMM)
-    solve, residual = fem_vi.Solve(case.pde), fem_vi.Residual(case.pde)
+    solve, residual = case.solve, case.residual
     for operator in (lambda x: solve(*x), lambda x: residual(0.3 * case.weights[-1], *x)):
         alone = []
         for scale in (1.0, 0.8):
@@ -167,7 +167,7 @@ def test_nothing_is_compiled_or_created_again(build: Callable[[MPI.Comm], Case],
 def test_batches_are_loops(build: Callable[[MPI.Comm], Case]) -> None:
     """Batch axes of any number, one input unbatched: the same as sample by sample, gradients summed where broadcast."""
     case = build(MPI.COMM_SELF)
-    solve = fem_vi.Solve(case.pde)
+    solve = case.solve
     first, *rest = case.values
     scales = torch.linspace(0.7, 1.1, 6, dtype=torch.float64).reshape(2, 3)
     varied = scales.reshape(2, 3, *[1] * first.ndim) * first
@@ -262,7 +262,7 @@ def test_other_solvers_give_the_gradient_of_the_default_one(name: str, options: 
     wanted, got = [], []
     for out, petsc_options in ((wanted, {}), (got, options)):
         inputs = leaves(case)
-        solve = fem_vi.Solve(case.pde, petsc_options=petsc_options)
+        solve = fem_vi.Solve(case.pde, petsc_options=petsc_options) if petsc_options else case.solve
         try:
             out += torch.autograd.grad(loss_of(case, solve(*inputs), COMM), inputs)
         except fem_vi.SolveFailed:

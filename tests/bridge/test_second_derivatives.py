@@ -28,8 +28,8 @@ def directions_of(case: Case) -> list[Tensor]:
 def operators(case: Case) -> list[tuple[Callable[..., Tensor], list[Tensor]]]:
     """Solve, and Residual at a state that is no solution, with where to differentiate them."""
     return [
-        (fem_vi.Solve(case.pde), leaves(case)),
-        (fem_vi.Residual(case.pde), [(0.3 * case.weights[-1]).requires_grad_(), *leaves(case)]),
+        (case.solve, leaves(case)),
+        (case.residual, [(0.3 * case.weights[-1]).requires_grad_(), *leaves(case)]),
     ]
 
 
@@ -55,7 +55,7 @@ def test_forward_mode(build: Callable[[MPI.Comm], Case]) -> None:
 def test_tangent_is_the_adjoint_of_the_gradient(build: Callable[[MPI.Comm], Case]) -> None:
     """<w, du(v)> = <du^T w, v>, on any number of ranks."""
     case = build(COMM)
-    solve, w = fem_vi.Solve(case.pde), case.weights[-1]
+    solve, w = case.solve, case.weights[-1]
     inputs = leaves(case)
     _, moved = torch.func.jvp(solve, tuple(case.values), tuple(directions_of(case)))
     gradients = torch.autograd.grad(solve(*inputs), inputs, grad_outputs=w)
@@ -80,7 +80,7 @@ def hessian_product(case: Case, solve: fem_vi.Solve, comm: MPI.Comm) -> tuple[Te
 @every_case
 def test_taylor_remainder_is_third_order(build: Callable[[MPI.Comm], Case]) -> None:
     case = build(COMM)
-    solve = fem_vi.Solve(case.pde)
+    solve = case.solve
     loss, gradients, products = hessian_product(case, solve, COMM)
     slope = sum(paired(COMM, gradients, directions_of(case), fields_of(case)))
     bend = sum(paired(COMM, products, directions_of(case), fields_of(case)))
@@ -101,7 +101,7 @@ def test_any_number_of_ranks_gives_the_same_hessian_product(build: Callable[[MPI
     numbers = []
     for comm in (COMM, MPI.COMM_SELF):
         case = build(comm)
-        _, _, products = hessian_product(case, fem_vi.Solve(case.pde), comm)
+        _, _, products = hessian_product(case, case.solve, comm)
         numbers.append(paired(comm, products, directions_of(case), fields_of(case)))
     assert np.allclose(numbers[0], numbers[1], rtol=1e-8, atol=1e-10)
 
@@ -136,7 +136,7 @@ def test_vmap_is_a_batch(build: Callable[[MPI.Comm], Case]) -> None:
 @pytest.mark.parametrize("name", ["log_diffusion", "reaction"])
 def test_jacobians_and_hessians(name: str) -> None:
     case = CASES[name](MPI.COMM_SELF)
-    solve = fem_vi.Solve(case.pde)
+    solve = case.solve
     first, *rest = case.values
 
     def f(x: Tensor) -> Tensor:
