@@ -27,6 +27,7 @@ from fem_vi.output import (
 from fem_vi.parallel import agree_on_error, all_values, raise_on_all, shared_seed
 from fem_vi.vi.interrupt import noted_signals
 from fem_vi.vi.lbfgs import LBFGS
+from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.natural import NaturalGradient
 from fem_vi.vi.objective import Objective, Terms
 from fem_vi.vi.optimizer import Constant, Cosine, OptimizerFactory, default_optimizer, set_learning_rate
@@ -105,7 +106,7 @@ def fit(
 
     Raises:
         InvalidInput: Where an argument is of the wrong type, `steps` or `checkpoint_every` is below 1, arguments differ
-            between ranks, or gradients are switched off.
+            between ranks, gradients are switched off, or `LBFGS()` is given a `MinibatchProblem`.
         FitInterrupted: Where SIGINT or SIGTERM came, and a checkpoint was written.
         NotFinite: Where the loss or its gradient stops being finite.
         RunFolderError: Where `path` is a file or holds something else, or what it holds of a run is damaged.
@@ -119,6 +120,11 @@ def fit(
         instance("objective", objective, Callable)  # type: ignore[arg-type]
         instance("path", path, str, PathLike, NoneType)
         instance("optimizer", optimizer, Callable, NaturalGradient, LBFGS, NoneType)  # type: ignore[arg-type]
+        if isinstance(optimizer, LBFGS) and isinstance(problem, MinibatchProblem):
+            raise InvalidInput(
+                "LBFGS() has one draw of noise for the whole fit, and so one batch of a MinibatchProblem: all other data would "
+                "count for nothing. Give fit problem.whole(), or another optimizer."
+            )
         instance("schedule", schedule, Callable)  # type: ignore[arg-type]
         instance("start", start, GaussNewton, NewtonCG, PresentParameters, NoneType)
         instance("stop", stop, Callable)  # type: ignore[arg-type]
