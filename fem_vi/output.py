@@ -20,7 +20,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -277,12 +277,20 @@ class HistoryFile:
             raise RunFolderError(f"{self._file.name} cannot be written: {error.strerror}. Is the disk full?") from error
 
     def sync(self) -> None:
-        """Wait until the rows are on the disk."""
-        os.fsync(self._file.fileno())
+        """Wait until the rows are on the disk.
+
+        Raises:
+            RunFolderError: Where they cannot be written.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunFolderError(f"{self._file.name} cannot be written: {error.strerror}. Is the disk full?") from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; a row that could not be written, which `append` told of, is left out."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_history(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -416,6 +417,26 @@ def test_keeps_other_processes_out_of_its_folder(tmp_path):
         other.kill()
         other.communicate()
     fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=2, **arguments)  # a lock dies with its process
+
+
+@pytest.mark.parametrize("what", ["history", "checkpoint"])
+def test_a_full_disk_is_named_and_the_run_goes_on(tmp_path, what):
+    """No file may grow: a limit of the operating system, which tells as a full disk does."""
+    affine, folder = Affine.create(), tmp_path / "run"
+    arguments = {"steps": 8, "path": folder, "checkpoint_every": 2 if what == "checkpoint" else 5}
+
+    def fill(row):
+        if row.step == 3:
+            size = 1500 if what == "checkpoint" else (folder / "history.csv").stat().st_size + 10
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    try:
+        with pytest.raises(RunFolderError, match=f"{what}.*cannot be written"):
+            fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), callbacks=[fill], **arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), resume=True, **arguments)
+    assert numbers_of(run) == numbers_of(fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=8))
 
 
 def test_a_run_that_was_killed_before_it_began(tmp_path):
