@@ -98,6 +98,14 @@ def test_empty_batch() -> None:
     assert torch.autograd.grad(r.sum(), u)[0].shape == u.shape
 
 
+def test_empty_batch_beside_inputs_that_have_one_row() -> None:
+    case = CASES["reaction"](MPI.COMM_SELF)
+    at = [x.reshape(1, *x.shape).clone().requires_grad_() for x in samples(case, 1, alone=tuple(range(9)))]
+    r = fem_vi.Residual(case.pde, kernel=fem_vi.CompiledKernel())(at[0][:0], *at[1:])
+    assert r.shape == (0, at[0].shape[1])
+    assert all(not g.any() for g in torch.autograd.grad(r.sum(), at))
+
+
 def test_threads_change_no_bit() -> None:
     case = CASES["reaction"](MPI.COMM_SELF)
     at = samples(case, 67, alone=(1,))
