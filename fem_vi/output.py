@@ -5,6 +5,7 @@
     checkpoints/            step-00000050.safetensors and .json with its checksum, the last two
     posterior.safetensors   fitted parameters, and posterior.json with its checksum
     fields.xdmf, .h5        mean and standard deviation, for ParaView; where the prior is a field
+    .lock                   locked while a process is at work on the run
 
 Files are written under a temporary name, synchronised and renamed; tensors are stored as safetensors, never pickled. These
 functions are not collective: rank 0 calls the writers.
@@ -18,7 +19,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -32,6 +34,7 @@ from fem_vi.arguments import is_number
 from fem_vi.errors import RunFolderError
 
 KEPT_CHECKPOINTS = 2
+LOCK = ".lock"
 NUMBERS = ("forward", "backward", "seconds")
 """What a checkpoint holds besides tensors: samples solved forward and backward, and wall time, since the run began."""
 
@@ -102,13 +105,50 @@ def create_run_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file; a run needs a folder of its own. Choose another path.")
     try:
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and not _is_unborn(path):
             raise RunFolderError(
                 f"{path} already holds files. Continue that run with fit(..., resume=True), choose another path, or delete it."
             )
-        (path / "checkpoints").mkdir(parents=True)
+        (path / "checkpoints").mkdir(parents=True, exist_ok=path.exists())
     except OSError as error:
         raise RunFolderError(f"{path} cannot be made: {error.strerror}.") from error
+
+
+def _is_unborn(path: Path) -> bool:
+    """Whether a folder is empty, or holds no more than a run that was killed before it had begun."""
+    checkpoints = path / "checkpoints"
+    names = {file.name for file in path.iterdir()}
+    return names <= {LOCK, checkpoints.name, ".config.json.tmp"} and not (checkpoints.exists() and any(checkpoints.iterdir()))
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder for a block; the operating system lets go where this one is killed.
+
+    On file systems that know no locks, and on systems without `fcntl`, nothing is kept out.
+
+    Raises:
+        RunFolderError: Where another process is at work on the run.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        file = (path / LOCK).open("a")
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}. Check the disk's space and permissions.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(
+                f"another process is at work on the run in {path}. Wait until it ends, or choose another path."
+            ) from error
+        except OSError:
+            pass
+        yield
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -237,12 +277,20 @@ class HistoryFile:
             raise RunFolderError(f"{self._file.name} cannot be written: {error.strerror}. Is the disk full?") from error
 
     def sync(self) -> None:
-        """Wait until the rows are on the disk."""
-        os.fsync(self._file.fileno())
+        """Wait until the rows are on the disk.
+
+        Raises:
+            RunFolderError: Where they cannot be written.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunFolderError(f"{self._file.name} cannot be written: {error.strerror}. Is the disk full?") from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; a row that could not be written, which `append` told of, is left out."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_history(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:

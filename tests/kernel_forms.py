@@ -177,6 +177,17 @@ def functions(comm: MPI.Comm) -> Case:
     return make_case(F, u, [m, c], [], [0.6, 0.8])
 
 
+def sizes(comm: MPI.Comm) -> Case:
+    """Lengths, areas and volumes of cells and facets, which FFCx writes as numbers of several types."""
+    msh = cells(comm, "triangle")
+    V = fem.functionspace(msh, ("Lagrange", 1))
+    u, m, v = fem.Function(V), fem.Function(V, name="m"), ufl.TestFunction(V)
+    h, edges = ufl.CellDiameter(msh) * ufl.Circumradius(msh), ufl.MinCellEdgeLength(msh) / ufl.MaxCellEdgeLength(msh)
+    F = h * ufl.CellVolume(msh) * u**2 * v * ufl.dx + edges * m * u * v * ufl.dx
+    F += ufl.CellVolume(msh) / ufl.FacetArea(msh) * u**2 * m * v * ufl.ds
+    return make_case(F, u, [m], [], [0.5])
+
+
 def tensors(comm: MPI.Comm) -> Case:
     """Coefficients of many kinds: symmetric tensors, vectors, values at quadrature points, a fixed field and a fixed Constant."""
     msh = cells(comm, "quadrilateral")
@@ -213,6 +224,7 @@ FORMS: dict[str, Build] = {
     "solid_tetrahedron_P1": partial(solid, cell="tetrahedron", degree=1),
     "subdomains": subdomains,
     "functions": functions,
+    "sizes": sizes,
     "tensors": tensors,
     **{name: build for name, build in CASES.items() if name != "moving_mesh"},
 }

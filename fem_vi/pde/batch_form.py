@@ -152,6 +152,8 @@ class BatchForm:
 
         MPI: Collective.
         """
+        if num_samples == 0:
+            return
         keep: list[Any] = []  # what the C structures point to
         inputs = [self._input(symbol, values, keep) for symbol in self._functions]
         if self._constants:

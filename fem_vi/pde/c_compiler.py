@@ -106,8 +106,20 @@ def load_library(key: str, source: Callable[[], str], comm: MPI.Comm) -> ctypes.
         if comm.rank == 0:
             path = _cached(key, source)
     with raise_on_all(comm):
-        library = ctypes.CDLL(str(path or _cached(key, source)))
+        library = _loaded(path or _cached(key, source), key, source)
     return library
+
+
+def _loaded(path: Path, key: str, source: Callable[[], str]) -> ctypes.CDLL:
+    """The library in a file; made again where the file is none, as a disk that was full or a crash may leave it."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)
+    try:
+        return ctypes.CDLL(str(_cached(key, source)))
+    except OSError as error:
+        raise CompilerFailed(f"The library that the C compiler made cannot be loaded: {error}.") from error
 
 
 def _cached(key: str, source: Callable[[], str]) -> Path:
@@ -116,9 +128,19 @@ def _cached(key: str, source: Callable[[], str]) -> Path:
     folder = Path(dolfinx.jit.get_options()["cache_dir"])
     path = folder / f"libfem_vi_{digest}.so"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="fem_vi_") as building:
-            os.replace(_compile(source(), Path(building), native), path)
+        text = source()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix="fem_vi_") as building:
+                made = _compile(text, Path(building), native)
+                with made.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(made, path)
+        except OSError as error:
+            raise CompilerFailed(
+                f"{folder} cannot be written: {error.strerror}. Compiled forms are kept there; set another cache_dir in DOLFINx's "
+                "dolfinx_jit_options.json, or XDG_CACHE_HOME."
+            ) from error
     return path
 
 

@@ -303,7 +303,8 @@ def _declares(node: Any) -> bool:
 
 def _number(value: Any) -> str:
     if isinstance(value, float):
-        return repr(value) if value >= 0 else f"({value!r})"
+        text = repr(float(value))  # numpy's numbers have another repr
+        return text if value >= 0 else f"({text})"
     return str(int(value)) if value >= 0 else f"({int(value)})"
 
 

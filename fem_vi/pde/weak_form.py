@@ -13,8 +13,8 @@ from ufl.algorithms.analysis import extract_type
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.copies import check_list, create_copies
-from fem_vi.pde.inputs import Input, create_function_input
-from fem_vi.pde.quadrature import pin_quadrature
+from fem_vi.pde.inputs import FunctionInput, Input, create_function_input
+from fem_vi.pde.quadrature import check_rules_of_derivatives, pin_quadrature
 
 
 class WeakForm:
@@ -34,8 +34,9 @@ class WeakForm:
 
     Raises:
         InvalidInput: Where an input is of the wrong kind, occurs twice, or occurs nowhere in the form or conditions.
-        UnsupportedForm: Where F does not have exactly one argument, its test function lives in another space, or measures of one
-            kind have different subdomain data or a tag without any.
+        UnsupportedForm: Where F does not have exactly one argument, its test function lives in another space, measures of one
+            kind have different subdomain data or a tag without any, or the form compiler would take quadrature rules for each
+            other.
 
     Attributes:
         form: F on the private copies.
@@ -74,6 +75,8 @@ class WeakForm:
         self.state: fem.Function = self.unknown.symbol
         copies = {given.given: given.symbol for given in (self.unknown, *self.inputs, *self._fixed)}
         self.form = pin_quadrature(expand_derivatives(ufl.replace(F, {test: self.test, **copies})))
+        varying_functions = [given.symbol for given in (self.unknown, *self.inputs) if isinstance(given, FunctionInput)]
+        check_rules_of_derivatives(self.form, varying_functions)
         self.boundary = Boundary(self.space, bcs, self.inputs)
         self._check_occurrence()
         self.initial_guess = self.state.x.array.copy()

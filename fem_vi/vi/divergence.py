@@ -25,12 +25,42 @@ from torch import Tensor, nn
 from fem_vi.arguments import instance, is_number, whole
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.draws import Draws, Independent, Noise, take
+from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.objective import PathDerivative, Terms, TotalDerivative, check_noise
 from fem_vi.vi.posterior.mixture import MixtureDistribution
 from fem_vi.vi.posterior.whitened import RelativeToPrior
 from fem_vi.vi.problem import InverseProblem
 
 Gradient = PathDerivative | TotalDerivative
+
+
+def check_paired(name: str, gradient: object, noise: object) -> None:
+    """Refuse draws that depend on each other for a gradient by double reparameterisation.
+
+    It takes the score of one draw's weight for a derivative with respect to that draw, all others held where they are. A draw's
+    partner moves with it.
+
+    Raises:
+        InvalidInput: Saying what to take instead.
+    """
+    if isinstance(gradient, PathDerivative) and not isinstance(noise, Independent):
+        raise InvalidInput(
+            f"{name}: noise is {noise}, and PathDerivative() of this bound takes independent draws: its gradient would be wrong. "
+            "Give gradient=TotalDerivative(), or noise=Independent()."
+        )
+
+
+def check_whole(name: str, problem: InverseProblem) -> None:
+    """Refuse estimated likelihoods where their exponentials are averaged: those of unbiased estimates are not unbiased.
+
+    Raises:
+        InvalidInput: For a `MinibatchProblem`.
+    """
+    if isinstance(problem, MinibatchProblem):
+        raise InvalidInput(
+            f"{name} averages powers of p(y | m), which a MinibatchProblem knows by a noisy logarithm only: it would be fitted to "
+            "another posterior, a wider one. Take ELBO(), or problem.whole()."
+        )
 
 
 def check_sampling(name: str, samples: object, gradient: object, noise: object) -> None:
@@ -177,7 +207,7 @@ class Renyi:
         alpha: Any number but 1.
         samples: Draws for each evaluation.
         gradient: `PathDerivative()`, by double reparameterisation, or `TotalDerivative()`.
-        noise: What the draws are made of.
+        noise: What the draws are made of; with `PathDerivative()` they must be `Independent()`.
 
     References:
         Li, Turner (2016), Renyi divergence variational inference.
@@ -193,6 +223,7 @@ class Renyi:
         if not is_number(self.alpha) or self.alpha == 1:
             raise InvalidInput(f"Renyi: alpha is {self.alpha!r}; it must be a number other than 1, for which take ELBO().")
         check_sampling("Renyi", self.samples, self.gradient, self.noise)
+        check_paired("Renyi", self.gradient, self.noise)
 
     def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Terms:
         """Estimate the bound; see `ELBO.__call__`. Collective."""
@@ -207,7 +238,7 @@ class ImportanceWeighted:
         k: Draws in each estimate of the evidence.
         batches: Estimates for each evaluation; all k * batches draws are solved as one batch.
         gradient: `PathDerivative()`, by double reparameterisation, or `TotalDerivative()`.
-        noise: What the draws are made of.
+        noise: What the draws are made of; with `PathDerivative()` they must be `Independent()`.
 
     References:
         Burda, Grosse, Salakhutdinov (2016), Importance weighted autoencoders.
@@ -223,6 +254,7 @@ class ImportanceWeighted:
         whole("ImportanceWeighted: batches", self.batches, least=1)
         whole("ImportanceWeighted: k", self.k, least=1)
         check_sampling("ImportanceWeighted", self.k, self.gradient, self.noise)
+        check_paired("ImportanceWeighted", self.gradient, self.noise)
 
     def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Terms:
         """Estimate the bound; see `ELBO.__call__`. Collective."""
@@ -244,6 +276,7 @@ Sampled = SelfNormalised | JensenShannon | Renyi | ImportanceWeighted
 
 def _draws(problem: InverseProblem, posterior: nn.Module, choice: Sampled, samples: int, *, strata: bool = False) -> Draws:
     """The draws that an objective asks for; with the density of a mixture, where its strata know no path derivative."""
+    check_whole(type(choice).__name__, problem)
     q = posterior()
     path = isinstance(choice.gradient, PathDerivative) and (strata or not isinstance(q, MixtureDistribution))
     return take(posterior, problem.prior, samples, noise=choice.noise, path=path, q=q)

@@ -20,9 +20,12 @@ from torch.distributions import Distribution
 
 from fem_vi.arguments import instance, is_number, positive
 from fem_vi.errors import InvalidInput
+from fem_vi.vi.posterior.sampled import SampledDistribution, sampled_moments
+from fem_vi.vi.randomness import private_generator
 
 QUADRATURE = 64
 """Points of Gauss and Hermite for moments."""
+MEDIAN_SAMPLES = 1024
 
 
 class PointwiseTransform(Protocol):
@@ -144,7 +147,7 @@ class TransformedField(Distribution):
         log p(x) = log p(m) - sum_i log transform'(m_i),      m = transform^-1(x)
 
     Args:
-        base: The law of m: `MaternField`, `GaussianVector`, or `posterior()` of a normal family.
+        base: The law of m: `MaternField`, `GaussianVector`, or `posterior()` of a family.
         transform: `Positive()` or `Bounded(low, high)`.
 
     Raises:
@@ -187,7 +190,10 @@ class TransformedField(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """Pointwise mean of x, `(n_owned,)`: closed for `Positive`, else by Gauss-Hermite quadrature with 64 points."""
+        """Pointwise mean of x, `(n_owned,)`: closed for `Positive`, else by Gauss-Hermite quadrature with 64 points.
+
+        Where the law of m is not normal, as of a `Flow` or `Mixture`, from 4,096 draws under a fixed key, without gradient.
+        """
         return self._moments()[0]
 
     @property
@@ -197,10 +203,15 @@ class TransformedField(Distribution):
 
     @property
     def median(self) -> Tensor:
-        """Pointwise median of x, `(n_owned,)`."""
-        return self.transform(self.base.mean)
+        """Pointwise median of x, `(n_owned,)`; of 1,024 draws under a fixed key where the law of m is not normal."""
+        if not isinstance(self.base, SampledDistribution):
+            return self.transform(self.base.mean)
+        with private_generator(0), torch.no_grad():
+            return self.transform(torch.quantile(self.base.rsample(torch.Size([MEDIAN_SAMPLES])), 0.5, dim=0))
 
     def _moments(self) -> tuple[Tensor, Tensor]:
+        if isinstance(self.base, SampledDistribution):
+            return sampled_moments(self.rsample, self.transform(self.base.prior.mean))
         mean, variance = self.base.mean, self.base.variance
         if isinstance(self.transform, Positive):
             first = self.transform(mean + 0.5 * variance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from types import NoneType
@@ -17,6 +18,7 @@ from fem_vi.errors import FitInterrupted, InvalidInput, NotFinite, RunFolderErro
 from fem_vi.output import (
     HistoryFile,
     create_run_folder,
+    held,
     newest_sound_step,
     read_checkpoint,
     read_json,
@@ -27,6 +29,7 @@ from fem_vi.output import (
 from fem_vi.parallel import agree_on_error, all_values, raise_on_all, shared_seed
 from fem_vi.vi.interrupt import noted_signals
 from fem_vi.vi.lbfgs import LBFGS
+from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.natural import NaturalGradient
 from fem_vi.vi.objective import Objective, Terms
 from fem_vi.vi.optimizer import Constant, Cosine, OptimizerFactory, default_optimizer, set_learning_rate
@@ -105,10 +108,11 @@ def fit(
 
     Raises:
         InvalidInput: Where an argument is of the wrong type, `steps` or `checkpoint_every` is below 1, arguments differ
-            between ranks, or gradients are switched off.
+            between ranks, gradients are switched off, or `LBFGS()` is given a `MinibatchProblem`.
         FitInterrupted: Where SIGINT or SIGTERM came, and a checkpoint was written.
         NotFinite: Where the loss or its gradient stops being finite.
-        RunFolderError: Where `path` is a file or holds something else, or what it holds of a run is damaged.
+        RunFolderError: Where `path` is a file or holds something else, what it holds of a run is damaged, or another process is
+            at work on it.
 
     MPI: Collective. Rank 0 writes; `path` must be on a file system that all ranks see.
     """
@@ -119,6 +123,11 @@ def fit(
         instance("objective", objective, Callable)  # type: ignore[arg-type]
         instance("path", path, str, PathLike, NoneType)
         instance("optimizer", optimizer, Callable, NaturalGradient, LBFGS, NoneType)  # type: ignore[arg-type]
+        if isinstance(optimizer, LBFGS) and isinstance(problem, MinibatchProblem):
+            raise InvalidInput(
+                "LBFGS() has one draw of noise for the whole fit, and so one batch of a MinibatchProblem: all other data would "
+                "count for nothing. Give fit problem.whole(), or another optimizer."
+            )
         instance("schedule", schedule, Callable)  # type: ignore[arg-type]
         instance("start", start, GaussNewton, NewtonCG, PresentParameters, NoneType)
         instance("stop", stop, Callable)  # type: ignore[arg-type]
@@ -136,7 +145,7 @@ def fit(
     given |= {"steps": steps, "path": folder, "resume": resume, "checkpoint_every": checkpoint_every}
     _check_same_on_all_ranks(problem, posterior, given)
     seed = shared_seed(comm, seed)
-    with private_generator(seed):
+    with private_generator(seed), ExitStack() as holding:
         begin = default_start(problem, posterior) if start is None else start
         if resume and folder is not None and start is None and optimizer is None:
             begin = _stored_start(problem, posterior, folder, begin)
@@ -151,7 +160,7 @@ def fit(
         config = _describe(session, choices, seed)
         if folder is not None and isinstance(problem, InverseProblem):
             config["problem"]["forward"] = describe_forward(problem)
-        if folder is None or not _restore(session, folder, config, resume):
+        if folder is None or not _restore(session, folder, config, resume, holding):
             begin(problem, posterior)  # type: ignore[arg-type]  # only an InverseProblem can be linearised
         _loop(session, folder, checkpoint_every, callbacks, stop)
         session.take_kept()
@@ -226,13 +235,20 @@ def _describe(session: Session, choices: Mapping[str, object], seed: int) -> dic
     }
 
 
-def _restore(session: Session, folder: Path, config: dict[str, Any], resume: bool) -> bool:
-    """Make the run folder, or take the state of the run that is in it. True where a checkpoint was taken. Collective."""
+def _restore(session: Session, folder: Path, config: dict[str, Any], resume: bool, holding: ExitStack) -> bool:
+    """Make the run folder, or take the state of the run that is in it; and keep other processes out, until `holding` ends.
+
+    Returns:
+        True where a checkpoint was taken.
+
+    MPI: Collective.
+    """
     comm = session.problem.prior.comm
     step = -1
     with raise_on_all(comm):
         if comm.rank == 0:
             if resume and (folder / "config.json").exists():
+                holding.enter_context(held(folder))
                 _check_same_run(read_json(folder / "config.json"), config, folder)
                 newest = newest_sound_step(folder)
                 step = -1 if newest is None else newest
@@ -240,6 +256,7 @@ def _restore(session: Session, folder: Path, config: dict[str, Any], resume: boo
                     raise RunFolderError(f"{folder} is at step {step} already; steps is {session.steps}.")
             else:
                 create_run_folder(folder)
+                holding.enter_context(held(folder))
             write_json(folder / "config.json", config)
     step = shared_seed(comm, step)
     if step < 0:

@@ -157,7 +157,8 @@ def _line_search(problem: InverseProblem, at: Linearised, step: Tensor, slope: f
         length = 0.5**halving
         trial = at.xi + length * step
         try:
-            log_likelihood = problem.log_likelihood(problem.prior.unwhiten(trial))
+            prediction = problem.predict(problem.prior.unwhiten(trial))  # all data, of a MinibatchProblem too
+            log_likelihood = problem.likelihood.log_prob(problem.y, prediction)
         except (SolveFailed, InvalidInput):  # no solution, or NaN: too far
             continue
         phi = 0.5 * float(problem.prior.all_sum(trial @ trial)) - float(log_likelihood)

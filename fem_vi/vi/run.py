@@ -20,7 +20,7 @@ import fem_vi
 from fem_vi.arguments import is_number
 from fem_vi.errors import RunFolderError, SolveFailed
 from fem_vi.output import read_history
-from fem_vi.vi.problem import Cost, InverseProblem, Problem
+from fem_vi.vi.problem import Cost, InverseProblem, Likelihood, Problem
 from fem_vi.vi.randomness import private_generator
 
 # How far vectors of two descriptions of one problem may be apart, as a fraction of their norms.
@@ -94,15 +94,26 @@ def describe_problem(problem: InverseProblem | Problem) -> dict[str, Any]:
     """Prior, likelihood and data of an inverse problem, for config.json; of another what it says itself."""
     if not isinstance(problem, InverseProblem):
         return problem.describe()
-    std = getattr(problem.likelihood, "std", None)
+    noise = _tensors(problem.likelihood)
     return {
         "prior": name_of(problem.prior),
         "unknowns": problem.prior.num_global,
         "likelihood": name_of(problem.likelihood),
         "num_data": len(problem.y),
         "data": _sketch(problem.y),
-        "noise": _sketch(std.reshape(-1)) if isinstance(std, Tensor) else None,
+        "noise": _sketch(torch.cat(noise)) if noise else None,
     }
+
+
+def _tensors(likelihood: object) -> list[Tensor]:
+    """All numbers that a likelihood holds, and likelihoods inside it, flat, in the order of their names."""
+    found: list[Tensor] = []
+    for _, value in sorted(getattr(likelihood, "__dict__", {}).items()):
+        if isinstance(value, Tensor):
+            found.append(value.detach().to("cpu", torch.float64).reshape(-1))
+        elif isinstance(value, Likelihood):
+            found += _tensors(value)
+    return found
 
 
 @torch.no_grad()
@@ -138,7 +149,7 @@ def differing(stored: object, present: Mapping[str, Any]) -> str | None:
     The first was read from a file, and may be anything. Vectors need only agree to rounding: those made by a simulation
     differ in their last digits between numbers of ranks.
     """
-    words = {"data": "the data y", "noise": "the noise's std", "forward": "the forward map"}
+    words = {"data": "the data y", "noise": "the noise's numbers", "forward": "the forward map"}
     there = stored if isinstance(stored, dict) else {}
     for name, value in present.items():
         other: Any = there.get(name)

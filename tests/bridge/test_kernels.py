@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import threading
 from pathlib import Path
@@ -95,6 +96,14 @@ def test_empty_batch() -> None:
     r = fem_vi.Residual(case.pde, kernel=fem_vi.CompiledKernel())(u, case.values[0])
     assert r.shape == u.shape
     assert torch.autograd.grad(r.sum(), u)[0].shape == u.shape
+
+
+def test_empty_batch_beside_inputs_that_have_one_row() -> None:
+    case = CASES["reaction"](MPI.COMM_SELF)
+    at = [x.reshape(1, *x.shape).clone().requires_grad_() for x in samples(case, 1, alone=tuple(range(9)))]
+    r = fem_vi.Residual(case.pde, kernel=fem_vi.CompiledKernel())(at[0][:0], *at[1:])
+    assert r.shape == (0, at[0].shape[1])
+    assert all(not g.any() for g in torch.autograd.grad(r.sum(), at))
 
 
 def test_threads_change_no_bit() -> None:
@@ -191,6 +200,23 @@ def test_what_the_compiler_says_is_quoted(empty_cache: Path) -> None:
     with pytest.raises(fem_vi.CompilerFailed, match="this is no C"):
         c_compiler.load_library("key", lambda: "this is no C", MPI.COMM_SELF)
     assert list(empty_cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no library"])
+def test_what_is_no_library_is_made_again(empty_cache: Path, content: bytes) -> None:
+    """As a crash of the machine may leave it. A library that this process has loaded is not looked at again."""
+    name = Path(c_compiler._cached("key", lambda: "int answer = 42;"))
+    name.unlink()
+    name.write_bytes(content)
+    library = c_compiler.load_library("key", lambda: "int answer = 42;", MPI.COMM_SELF)
+    assert ctypes.c_int.in_dll(library, "answer").value == 42
+
+
+def test_a_cache_that_cannot_be_written_is_named(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (empty_cache / "file").write_text("")
+    monkeypatch.setattr(dolfinx.jit, "get_options", lambda *_: {"cache_dir": empty_cache / "file" / "below"})
+    with pytest.raises(fem_vi.CompilerFailed, match=r"below cannot be written.*cache_dir"):
+        c_compiler.load_library("key", lambda: "int f;", MPI.COMM_SELF)
 
 
 def test_libraries_appear_complete(empty_cache: Path) -> None:

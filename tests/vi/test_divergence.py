@@ -280,6 +280,26 @@ def test_split_over_ranks(name):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("noise", [Antithetic(), QuasiMonteCarlo()])
+def test_gradient_of_a_bound_from_paired_draws(noise):
+    """Of E log mean_k exp(u), k = 2, by differences of the bound itself; PathDerivative() takes no such draws."""
+    prior = GaussianVector(torch.zeros(1))
+    problem = InverseProblem(prior, lambda m: m, GaussianNoise(0.5), torch.tensor([1.0]))
+    objective = ImportanceWeighted(k=2, batches=1, gradient=TotalDerivative(), noise=noise)
+
+    def bound(mu):
+        posterior = MeanFieldNormal(prior)
+        posterior.mu.data.fill_(mu)
+        posterior.log_scale.data.fill_(-0.5)
+        torch.manual_seed(0)
+        losses = torch.stack([objective(problem, posterior).loss for _ in range(300)])
+        (gradient,) = torch.autograd.grad(losses.mean(), posterior.mu)
+        return float(losses.mean()), float(gradient)
+
+    slope = (bound(0.2 + 1e-4)[0] - bound(0.2 - 1e-4)[0]) / 2e-4
+    assert bound(0.2)[1] == pytest.approx(slope, rel=1e-5)
+
+
 def test_refusals(monkeypatch):
     affine = Affine.create()
     problem = affine.problem()
@@ -290,6 +310,8 @@ def test_refusals(monkeypatch):
         (lambda: ImportanceWeighted(0), r"k is 0"),
         (lambda: ImportanceWeighted(2, 0), r"batches is 0"),
         (lambda: Renyi(0.5, gradient=AnalyticKL()), r"gradient is .*PathDerivative or TotalDerivative"),
+        (lambda: Renyi(0.5, noise=Antithetic()), r"Renyi: noise is Antithetic.*independent draws.*TotalDerivative"),
+        (lambda: ImportanceWeighted(noise=QuasiMonteCarlo()), r"ImportanceWeighted: noise is QuasiMonteCarlo.*independent draws"),
         (lambda: ELBO(noise=Antithetic), r"noise is .*Independent or Antithetic or QuasiMonteCarlo"),
         (lambda: ForwardKL("samples"), r"source is .*GivenSamples or SelfNormalised"),
         (lambda: GivenSamples(torch.zeros(3)), r"m has shape \(3,\)"),

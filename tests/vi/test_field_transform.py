@@ -84,6 +84,22 @@ def test_level_set_has_its_values_and_sharpens() -> None:
     assert torch.autograd.gradcheck(fem_vi.LevelSet((0.0, 1.0)), m[::40])
 
 
+def test_moments_of_what_is_not_normal() -> None:
+    """A mixture of two normal laws: those of a normal law with its mean and variance are another law's."""
+    prior = fem_vi.GaussianVector(torch.zeros(2))
+    parts = [fem_vi.MeanFieldNormal(prior) for _ in range(2)]
+    for part, at in zip(parts, (2.0, -2.0), strict=True):
+        part.mu.data.fill_(at)
+        part.log_scale.data.fill_(-1.5)
+    law = fem_vi.TransformedField(fem_vi.Mixture(parts)(), fem_vi.Positive())
+    variance = float(np.exp(-3.0))
+    first = np.cosh(2.0) * np.exp(variance / 2)
+    second = np.cosh(4.0) * np.exp(2 * variance)
+    assert law.mean.numpy() == pytest.approx(first, rel=0.05)
+    assert law.variance.numpy() == pytest.approx(second - first**2, rel=0.1)
+    assert np.exp(-1.6) < float(law.median[0]) < np.exp(1.6)  # between the modes
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,11 @@ from mpi4py import MPI
 import fem_vi
 from fem_vi import output
 from fem_vi.errors import InvalidInput, RunFolderError
+from fem_vi.vi.correlated_noise import CorrelatedNoise, LowRankNoise
 from fem_vi.vi.diagnostics import diagnose
 from fem_vi.vi.fit import NotFinite, fit
 from fem_vi.vi.likelihood import GaussianNoise
+from fem_vi.vi.multiplicative_noise import MultiplicativeNoise
 from fem_vi.vi.objective import ELBO, AnalyticKL, PathDerivative
 from fem_vi.vi.optimizer import Adam, Constant, Cosine
 from fem_vi.vi.posterior.full_rank import FullRankNormal
@@ -30,6 +33,8 @@ from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.run import COLUMNS
 from fem_vi.vi.start import GaussNewton, PresentParameters
+from fem_vi.vi.student_noise import StudentNoise
+from fem_vi.vi.unknown_scale import UnknownScale
 from tests.vi.helpers import F64, FAMILIES, FIELD_FAMILIES, Affine, split_pair
 
 
@@ -153,7 +158,7 @@ def test_run_folder(tmp_path):
     assert torch.equal(tensors["mu"], posterior.mu.detach())
     names = {file.name for file in folder.rglob("*") if file.is_file()}
     checkpoints = {f"step-0000000{k}.{kind}" for k in (4, 5) for kind in ("json", "safetensors")}
-    assert names == checkpoints | {"config.json", "history.csv", "posterior.json", "posterior.safetensors"}
+    assert names == checkpoints | {".lock", "config.json", "history.csv", "posterior.json", "posterior.safetensors"}
 
 
 def test_fields_are_written_where_the_prior_can(tmp_path):
@@ -390,6 +395,84 @@ def test_does_not_overwrite(tmp_path):
         fit(other, low_rank(split.prior), ELBO(samples=2), resume=True, **arguments)
 
 
+def test_keeps_other_processes_out_of_its_folder(tmp_path):
+    affine = Affine.create()
+    arguments = {"path": tmp_path / "run", "resume": True}
+    code = f"from fem_vi.output import held; from pathlib import Path\nwith held(Path({str(tmp_path / 'run')!r})): input()"
+
+    def intrude(row):
+        done = subprocess.run([sys.executable, "-c", code], input="\n", capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert done.returncode == 1 and "another process is at work" in done.stderr
+
+    fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=1, callbacks=[intrude], **arguments)
+    other = subprocess.Popen(
+        [sys.executable, "-uc", code.replace("input()", "print(); input()")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    other.stdout.readline()
+    try:
+        with pytest.raises(RunFolderError, match="another process is at work on the run in .*choose another path"):
+            fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=2, **arguments)
+    finally:
+        other.kill()
+        other.communicate()
+    fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=2, **arguments)  # a lock dies with its process
+
+
+@pytest.mark.parametrize("what", ["history", "checkpoint"])
+def test_a_full_disk_is_named_and_the_run_goes_on(tmp_path, what):
+    """No file may grow: a limit of the operating system, which tells as a full disk does."""
+    affine, folder = Affine.create(), tmp_path / "run"
+    arguments = {"steps": 8, "path": folder, "checkpoint_every": 2 if what == "checkpoint" else 5}
+
+    def fill(row):
+        if row.step == 3:
+            size = 1500 if what == "checkpoint" else (folder / "history.csv").stat().st_size + 10
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    try:
+        with pytest.raises(RunFolderError, match=f"{what}.*cannot be written"):
+            fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), callbacks=[fill], **arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), resume=True, **arguments)
+    assert numbers_of(run) == numbers_of(fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=8))
+
+
+def test_a_run_that_was_killed_before_it_began(tmp_path):
+    affine, folder = Affine.create(), tmp_path / "run"
+    output.create_run_folder(folder)
+    with output.held(folder):
+        (folder / ".config.json.tmp").write_text("{")
+    fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=1, path=folder, resume=True)
+
+
+@pytest.mark.parametrize(
+    "noises",
+    [
+        lambda s: StudentNoise(s),
+        lambda s: MultiplicativeNoise(StudentNoise(s)),
+        lambda s: CorrelatedNoise(torch.eye(4) + s[0] * (torch.ones(4, 4) - torch.eye(4))),
+        lambda s: UnknownScale(LowRankNoise(0.1, s[:, None])),
+    ],
+    ids=["Student", "multiplicative", "correlations", "factors"],
+)
+def test_does_not_go_on_with_another_noise(tmp_path, noises):
+    prior = GaussianVector(torch.zeros(2))
+    A, scales = torch.randn(5, 2, dtype=F64), torch.linspace(0.1, 0.4, 4, dtype=F64)
+
+    def problem(scales):
+        noise = noises(scales)
+        count = 5 if isinstance(noise, UnknownScale) else 4
+        return InverseProblem(prior, lambda m: (0.1 * m @ A[:count].T).exp(), noise, torch.ones(4))
+
+    fit(problem(scales), FullRankNormal(prior), ELBO(samples=2), steps=1, path=tmp_path / "run")
+    with pytest.raises(RunFolderError, match="noise's numbers"):
+        fit(problem(scales.flip(0)), FullRankNormal(prior), ELBO(samples=2), steps=2, path=tmp_path / "run", resume=True)
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("what", ["data", "order", "std", "forward"])
 def test_does_not_go_on_with_another_problem(tmp_path, what):
@@ -404,7 +487,7 @@ def test_does_not_go_on_with_another_problem(tmp_path, what):
     other, words = {
         "data": (make(problem.y + torch.tensor([1e-4, 0, 0, 0]), std, problem.forward), "the data y"),
         "order": (make(problem.y.flip(0), std, problem.forward), "the data y"),
-        "std": (make(problem.y, std * torch.tensor([1, 1, 2, 1]), problem.forward), "the noise's std"),
+        "std": (make(problem.y, std * torch.tensor([1, 1, 2, 1]), problem.forward), "the noise's numbers"),
         "forward": (make(problem.y, std, lambda m: 1.01 * problem.forward(m)), "the forward map"),
     }[what]
     with pytest.raises(RunFolderError, match=words):

@@ -13,14 +13,17 @@ from torch.distributions import LogNormal, MultivariateNormal, StudentT
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.correlated_noise import CorrelatedNoise, LowRankNoise
 from fem_vi.vi.diagnostics import diagnose
+from fem_vi.vi.divergence import ForwardKL, ImportanceWeighted, JensenShannon, Renyi
 from fem_vi.vi.fit import fit
+from fem_vi.vi.laplace import laplace
+from fem_vi.vi.lbfgs import LBFGS
 from fem_vi.vi.likelihood import GaussianNoise
 from fem_vi.vi.mcmc.chains import sample
 from fem_vi.vi.mcmc.hmc import HMC
 from fem_vi.vi.mcmc.smc import smc
 from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.multiplicative_noise import MultiplicativeNoise
-from fem_vi.vi.objective import ELBO
+from fem_vi.vi.objective import ELBO, TotalDerivative
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import InverseProblem
@@ -252,6 +255,28 @@ def test_a_fit_to_minibatches_nears_the_exact_posterior():
     assert float((q / exact().variance.detach().sqrt()).abs().max()) < 0.5
     diagnosis = diagnose(problem, run.posterior, samples=500)  # with all data
     assert diagnosis.khat < 0.7
+
+
+def test_minibatches_are_refused_where_one_batch_or_a_power_of_it_would_stand_for_the_data():
+    problem = many_data(4, GaussianNoise(0.3))
+    posterior = FullRankNormal(problem.prior)
+    with pytest.raises(InvalidInput, match=r"one batch of a MinibatchProblem.*problem\.whole"):
+        fit(problem, posterior, ELBO(samples=8, gradient=TotalDerivative()), steps=3, optimizer=LBFGS())
+    for objective in (ImportanceWeighted(k=4), Renyi(0.5), JensenShannon(), ForwardKL()):
+        with pytest.raises(InvalidInput, match=r"averages powers.*MinibatchProblem"):
+            fit(problem, posterior, objective, steps=3, start=PresentParameters())
+
+
+def test_the_mode_of_a_minibatch_problem_is_that_of_all_data():
+    A, y = numbers(3, 60, 2), numbers(4, 60)
+    prior = GaussianVector(torch.zeros(2))
+    problem = MinibatchProblem(prior, lambda m, index: (m @ A[index].T).exp(), GaussianNoise(0.3), y.abs(), size=3)
+    wanted = laplace(problem.whole())
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = laplace(problem)
+        assert found.report.search.converged
+        torch.testing.assert_close(found.mu, wanted.mu, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.mpi

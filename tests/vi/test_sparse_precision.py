@@ -212,6 +212,8 @@ def test_refusals():
         ({"precision": grid_precision(4)}, r"precision has shape \(16, 16\); it must be \(9, 9\)"),
         ({"precision": "Q"}, r"precision has shape None"),
         ({"precision": -grid_precision(3)}, r"not positive definite"),
+        ({"precision": scipy.sparse.triu(grid_precision(3))}, r"not symmetric"),
+        ({"precision": grid_precision(3) * float("nan")}, r"not finite"),
     ):
         with pytest.raises(InvalidInput, match=words):
             SparsePrecisionNormal(prior, **arguments)

@@ -26,6 +26,8 @@ from fem_vi.errors import InvalidInput
 
 Values = NDArray[np.float64]
 Indices = NDArray[np.int32]
+SYMMETRY = 1e-9
+"""Largest difference between a precision and its transpose, as a fraction of its largest entry."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,11 @@ def factorise(precision: Any) -> tuple[Pattern, Values]:
     Raises:
         InvalidInput: Where Q is not symmetric positive definite.
     """
-    lower, place = _lower(precision, "MMD_AT_PLUS_A")
+    matrix = scipy.sparse.csc_matrix(precision)
+    largest = abs(matrix).max()
+    if not np.isfinite(largest) or abs(matrix - matrix.T).max() > SYMMETRY * largest:
+        raise InvalidInput("precision is not symmetric, or not finite; it must be symmetric positive definite.")
+    lower, place = _lower(matrix, "MMD_AT_PLUS_A")
     lower.sort_indices()
     return Pattern(np.argsort(place), lower.indptr.astype(np.int32), lower.indices.astype(np.int32)), lower.data
 
