@@ -28,6 +28,8 @@ WAY_OUT = 'petsc_options={"pc_type": "lu"} takes a factorisation that fits any r
 """What an error says of other methods."""
 BLOCK = 128
 """Right-hand sides that are solved at once."""
+MUMPS_INSTANCE = 2.5e5
+"""Bytes that MUMPS takes for the smallest matrix; it tells of whole megabytes only."""
 
 
 def reason_name(kind: type, reason: int) -> str:
@@ -295,17 +297,24 @@ class Factor:
 
     def num_bytes(self) -> int:
         """Memory of the matrix and its factor, the largest over ranks. Collective."""
-        local = 2.0**16 + self.matrix.getInfo(PETSc.Mat.InfoType.LOCAL)["memory"]
+        local = 2.0**16 + _num_bytes(self.matrix)
         preconditioner = self.ksp.getPC()
         if preconditioner.getType() in ("lu", "cholesky"):
             factor = preconditioner.getFactorMatrix()
             if preconditioner.getFactorSolverType() == "mumps":
-                local += 1e6 * factor.getMumpsInfog(18)
+                local += max(1e6 * factor.getMumpsInfog(18), MUMPS_INSTANCE)
             else:
-                local += factor.getInfo(PETSc.Mat.InfoType.LOCAL)["memory"]
+                local += _num_bytes(factor)
         else:
             local *= 3
         return int(max_over_ranks(self.matrix.comm.tompi4py(), local))
+
+
+def _num_bytes(matrix: PETSc.Mat) -> float:
+    """Memory of this rank's part of a matrix. PETSc does not count that of its own factors, nor arrays that are not its own."""
+    info = matrix.getInfo(PETSc.Mat.InfoType.LOCAL)
+    values_and_columns = 12.0 * max(info["nz_allocated"], info["nz_used"])
+    return float(max(info["memory"], values_and_columns))
 
 
 def _weak(size: float) -> str:

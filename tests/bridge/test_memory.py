@@ -96,3 +96,16 @@ def test_graphs_that_are_dropped_without_a_backward_stay_in_the_budget() -> None
     size = max(factor.num_bytes() for factor in pool._factors.values())
     assert len(pool._factors) * size <= 1.2 * max(2**20, size)
     assert torch.isfinite(solve(interpolated(case.state.function_space, 0.5, 0.3))).all()
+
+
+@pytest.mark.parametrize("package", ["mumps", "petsc"])
+def test_the_budget_counts_factors_of_which_petsc_knows_no_size(package: str) -> None:
+    # PETSc says 0 bytes for its own factors, and for matrices over arrays that DOLFINx owns; MUMPS rounds to megabytes.
+    case = diffusion(nonlinear=False)
+    options = {"ksp_type": "preonly", "pc_type": "cholesky", "pc_factor_mat_solver_type": package}
+    solve = fem_vi.Solve(case.pde, petsc_options=options, factor_budget=2**22)
+    graphs = [solve((case.values[0] + 0.001 * k).requires_grad_()) for k in range(40)]
+    kept = solve._equation.factors._factors
+    n = graphs[0].shape[-1]
+    assert 2**22 / len(kept) > 2**16 + 12 * 7 * n  # what else there is, and a matrix alone
+    assert len(kept) < len(graphs)

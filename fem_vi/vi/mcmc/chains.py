@@ -21,7 +21,6 @@ from fem_vi.vi.mcmc.samples import Samples
 from fem_vi.vi.mcmc.target import State, Target
 from fem_vi.vi.mcmc.warm_up import Adaptation, KeepReference, LearnDense, LearnDiagonal, warm_up
 from fem_vi.vi.minibatch import MinibatchProblem
-from fem_vi.vi.posterior.whitened import WhitenedNormal
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import Cost, InverseProblem
 from fem_vi.vi.randomness import private_generator
@@ -38,7 +37,7 @@ def sample(
     draws: int = 1000,
     warmup: int = 500,
     thin: int = 1,
-    reference: nn.Module | WhitenedNormal | None = None,
+    reference: nn.Module | Distribution | None = None,
     start: nn.Module | Distribution | Tensor | None = None,
     adaptation: Adaptation | None = None,
     seed: int = 0,
@@ -47,8 +46,9 @@ def sample(
     """Draw from the posterior by Markov chains, all of them moved together in batched solves.
 
     The chains work in whitened coordinates, in which the prior, or the reference, is standard normal. A reference close to the
-    posterior (`laplace(problem)`, a fitted `FullRankNormal`) is the best preconditioner there is; it makes nothing wrong where it
-    is far. The same seed gives the same draws, on any number of ranks and groups up to rounding, until rounding flips a decision.
+    posterior (`laplace(problem)`, a fitted `FullRankNormal` or `Flow`) is the best preconditioner there is; it makes nothing
+    wrong where it is far. The same seed gives the same draws, on any number of ranks and groups up to rounding, until rounding
+    flips a decision.
 
     Args:
         problem: Prior, forward map, likelihood, data.
@@ -57,7 +57,7 @@ def sample(
         draws: Steps of each chain after the warm-up.
         warmup: Steps in which the step size is found, which do not count.
         thin: Keep every so many-th draw, for large fields.
-        reference: A normal posterior relative to the prior, in whose coordinates the chains work; None for the prior.
+        reference: A normal posterior or a flow relative to the prior, in whose coordinates the chains work; None for the prior.
         start: Where chains begin: m, `(chains, n_owned)`, or a posterior to draw from; None for draws of the reference.
         adaptation: `KeepReference()`, `LearnDiagonal()` or `LearnDense()`; None takes the second for kernels with gradients, at
             most 200 unknowns and no reference, else the first: pCN is stuck for long where its reference has thinner tails.
@@ -75,6 +75,8 @@ def sample(
 
     References:
         Cotter, Roberts, Stuart, White (2013), MCMC methods for functions: modifying old algorithms to make them faster.
+        Hoffman, Sountsov, Dillon, Langmore, Tran, Vasudevan (2019), NeuTra-lizing bad geometry in Hamiltonian Monte Carlo using
+        neural transport.
 
     Example:
         >>> samples = fem_vi.sample(problem, fem_vi.HMC(), chains=8, reference=fem_vi.laplace(problem))
@@ -148,7 +150,7 @@ def _draws(target: Target, kernel: Kernel, state: State, *, size: float, plan: P
         kept.diverged.append(info.diverged)
         if k % plan.thin == 0:
             kept.m.append(state.m)
-            kept.log_joint.append(torch.stack([target.log_joint(state), state.log_likelihood]))
+            kept.log_joint.append(torch.stack([state.log_joint, state.log_likelihood]))
         show(1.0)
     return kept
 

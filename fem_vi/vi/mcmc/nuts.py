@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from fem_vi.arguments import instance, is_number, whole
 from fem_vi.errors import FemViError, InvalidInput
@@ -16,7 +17,6 @@ from fem_vi.vi.mcmc.coordinates import Coordinates
 from fem_vi.vi.mcmc.crowd import Crowd
 from fem_vi.vi.mcmc.samples import Samples
 from fem_vi.vi.mcmc.target import Target
-from fem_vi.vi.posterior.whitened import WhitenedNormal
 from fem_vi.vi.problem import Cost, InverseProblem
 from fem_vi.vi.randomness import private_generator
 
@@ -27,7 +27,7 @@ def pyro_nuts(
     chains: int = 4,
     draws: int = 1000,
     warmup: int = 500,
-    reference: nn.Module | WhitenedNormal | None = None,
+    reference: nn.Module | Distribution | None = None,
     target_acceptance: float = 0.8,
     seed: int = 0,
 ) -> Samples:
@@ -41,7 +41,7 @@ def pyro_nuts(
         chains: Independent chains, one after the other.
         draws: Draws of each after the warm-up.
         warmup: Steps in which Pyro finds step size and mass matrix.
-        reference: A normal posterior relative to the prior, in whose coordinates the chains work; None for the prior.
+        reference: A normal posterior or a flow relative to the prior, in whose coordinates the chains work; None for the prior.
         target_acceptance: Mean acceptance probability at which the warm-up aims.
         seed: Of all random numbers. The state of torch's generator is left as it was found.
 
@@ -82,12 +82,11 @@ def pyro_nuts(
     x = torch.stack([run[0] for run in runs])
     with torch.no_grad():
         states = [target.evaluate(part) for part in x]
-        log_joint = torch.stack([target.log_joint(state) for state in states])
     spent = Cost(problem.cost.forward - before.forward, problem.cost.backward - before.backward)
     return Samples(
         problem=problem,
         m=torch.stack([state.m for state in states]),
-        log_joint=log_joint,
+        log_joint=torch.stack([state.log_joint for state in states]),
         log_likelihood=torch.stack([state.log_likelihood for state in states]),
         acceptance=torch.tensor([[run[1]] * draws for run in runs], dtype=torch.float64),
         num_diverged=sum(run[3] for run in runs),

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from fem_vi.arguments import instance, is_number, whole
 from fem_vi.errors import InvalidInput, NotFinite
@@ -32,7 +33,6 @@ from fem_vi.vi.mcmc.rotation import QUARTER
 from fem_vi.vi.mcmc.target import State, Target
 from fem_vi.vi.mcmc.tempered import Tempered
 from fem_vi.vi.mcmc.warm_up import FIRST_SIZE
-from fem_vi.vi.posterior.whitened import WhitenedNormal
 from fem_vi.vi.problem import Cost, InverseProblem
 from fem_vi.vi.randomness import private_generator
 
@@ -49,7 +49,7 @@ def smc(
     moves: int = 3,
     ess: float = 0.7,
     most_temperatures: int = 500,
-    reference: nn.Module | WhitenedNormal | None = None,
+    reference: nn.Module | Distribution | None = None,
     seed: int = 0,
     grid: ProcessGrid | None = None,
 ) -> Tempered:
@@ -68,7 +68,7 @@ def smc(
         moves: Steps of the kernel at each temperature.
         ess: Fraction of particles that the weights of a step in temperature are worth.
         most_temperatures: Give up after so many.
-        reference: A normal posterior relative to the prior to begin at; None for the prior.
+        reference: A normal posterior or a flow relative to the prior to begin at; None for the prior.
         seed: Of all random numbers; rank 0's counts. The state of torch's generator is left as it was found.
         grid: Shares out islands over groups of ranks, where each group has a mesh of its own; None for one group.
 

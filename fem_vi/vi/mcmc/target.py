@@ -30,6 +30,7 @@ class State:
         x: `(chains, n_owned)`.
         m: Unknowns, `(chains, n_owned)`.
         log_likelihood: log p(y | m), `(chains,)`, replicated; minus infinity where the forward map failed.
+        log_prior: log p(m), `(chains,)`, replicated.
         excess: h(x), `(chains,)`, replicated.
         slope: Gradient of h, `(chains, n_owned)`; zeros for kernels that need none, and where the forward map failed.
     """
@@ -37,6 +38,7 @@ class State:
     x: Tensor
     m: Tensor
     log_likelihood: Tensor
+    log_prior: Tensor
     excess: Tensor
     slope: Tensor
 
@@ -51,6 +53,11 @@ class State:
             for field in fields(self)
         }
         return State(**pick)
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(y, m), `(chains,)`, replicated."""
+        return self.log_likelihood + self.log_prior
 
     def rows(self, index: Tensor) -> State:
         """The chains of some numbers, repeated where a number is."""
@@ -81,23 +88,24 @@ class Target:
         """
         with torch.set_grad_enabled(self.gradient):
             at = x.detach().requires_grad_(self.gradient)
-            m, log_likelihood, excess = self._densities(at)
+            m, log_likelihood, log_prior, excess = self._densities(at)
             slope = torch.autograd.grad(excess.sum(), at)[0] if self.gradient else torch.zeros_like(at)
-        return _without_failures(State(at.detach(), m.detach(), log_likelihood.detach(), excess.detach(), slope))
+        x, m, log_likelihood, log_prior, excess = (each.detach() for each in (at, m, log_likelihood, log_prior, excess))
+        return _without_failures(State(x, m, log_likelihood, log_prior, excess, slope))
 
     def excess_at(self, x: Tensor) -> Tensor:
         """h(x), `(chains,)`, replicated, differentiable by torch. Collective over the mesh."""
-        return self._densities(x)[2]
+        return self._densities(x)[3]
 
-    def _densities(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """m, log p(y | m) and h(x)."""
-        xi = self.coordinates.whitened(x)
-        m = self.problem.prior.unwhiten(xi)
+    def _densities(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """m, log p(y | m), log p(m) and h(x)."""
+        prior = self.problem.prior
+        xi, logdet = self.coordinates.weighed(x)
+        m = prior.unwhiten(xi)
         log_likelihood = self.problem.log_likelihood(m)
-        if not self.coordinates.layers:
-            return m, log_likelihood, log_likelihood
-        halves = self.problem.prior.all_sum(0.5 * (x.square() - xi.square()).sum(-1))
-        return m, log_likelihood, log_likelihood + halves + self.coordinates.logdet()
+        here, there = prior.all_sum(0.5 * torch.stack([x.square().sum(-1), xi.square().sum(-1)]))
+        log_prior = -there - 0.5 * prior.num_global * math.log(2.0 * math.pi) - prior.whitening_logdet
+        return m, log_likelihood, log_prior, log_likelihood + (here - there) + logdet
 
     def attempt(self, x: Tensor) -> State:
         """As `evaluate`; but a chain at whose point the forward map fails gets a density of zero. Collective over the mesh."""
@@ -129,15 +137,9 @@ class Target:
         self.crowd.agree(error)
         return state
 
-    def log_joint(self, state: State) -> Tensor:
-        """log p(y, m) of a state, `(chains,)`, replicated. Collective over the mesh."""
-        prior = self.problem.prior
-        normal = prior.all_sum(-0.5 * state.x.square().sum(-1)) - 0.5 * prior.num_global * math.log(2.0 * math.pi)
-        return state.excess + normal - self.coordinates.logdet() - prior.whitening_logdet
-
     def _nowhere(self, x: Tensor) -> State:
         never = torch.full((len(x),), -torch.inf, dtype=torch.float64)
-        return State(x.detach(), x.detach(), never, never, torch.zeros_like(x))
+        return State(x.detach(), x.detach(), never, never, never, torch.zeros_like(x))
 
 
 def _without_failures(state: State) -> State:
@@ -150,6 +152,7 @@ def _without_failures(state: State) -> State:
         state.x,
         state.m,
         torch.where(good, state.log_likelihood, never),
+        torch.where(good, state.log_prior, never),
         torch.where(good, state.excess, never),
         torch.where(good[:, None], state.slope, torch.zeros_like(state.slope)),
     )

@@ -184,6 +184,10 @@ class FlowDistribution(SampledDistribution):
         xi = self._affine.apply(z)
         return xi, 0.5 * (xi.square().sum(-1) - eps.square().sum(-1)) - ladj - self._affine.logdet()
 
+    def pull(self, xi: Tensor) -> Tensor:
+        """The white noise that becomes xi, `(*batch, n)`."""
+        return self._map(self._affine.invert(xi), inverse=self._samples_forward)[0]
+
     def rsample_whitened(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         """Draws of xi, `(*sample_shape, n)`."""
         return self.push(self.prior.white_noise(sample_shape))
