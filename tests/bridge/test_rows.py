@@ -324,7 +324,7 @@ def test_residual_of_a_subset(subset: str) -> None:
     at = [state_of(case), *leaves(case)]
     found = residual.find_rows(rows)
     part, full = residual(*at, rows=rows), residual(*at)[..., found]
-    assert COMM.allreduce(len(found), op=MPI.SUM) > 2
+    assert COMM.allreduce(len(found), op=MPI.SUM) > 0
     assert torch.allclose(part, full, rtol=1e-12, atol=1e-13)
     for a, b in zip(torch.autograd.grad(part.square().sum(), at), torch.autograd.grad(full.square().sum(), at), strict=True):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
