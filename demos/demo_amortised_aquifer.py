@@ -67,6 +67,7 @@ def main(arguments: argparse.Namespace) -> None:
     clock = Clock()
     simulations = fem_vi.simulate(problem, pairs, path=arguments.out / f"simulations_{pairs}")
     clock.stop("simulations")
+    torch.manual_seed(0)
     encoder = fem_vi.KalmanEncoder(problem, simulations, points=sensors.points)
     model = fem_vi.models.AmortisedInversion(problem, encoder, head=fem_vi.FullHead, sensors=sensors)
     fem_vi.fit(problem, model, fem_vi.ExpectedForwardKL(fem_vi.Stored(simulations, batch=64)), steps=steps)
@@ -96,7 +97,7 @@ def main(arguments: argparse.Namespace) -> None:
         gaps.append(bounds[0] - bounds[1])
         more.append(float(run.posterior().log_ratio(unseen.xi[k])) - told[k])
     clock.start()
-    refined = model.refine(y[0], steps=60)
+    refined = model.refine(y[0], steps=40)
     clock.stop("refining")
     closed = [float(fem_vi.ELBO(samples=256)(model.problem_of(y[0]), each).elbo) for each in (model.at(y[0]), refined.posterior)]
 

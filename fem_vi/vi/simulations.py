@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -118,17 +120,27 @@ def simulate(
     task = _Task(problem, None if path is None else Path(path), count, shard, shared_seed(comm, seed))
     if task.folder is None:
         return _joined([_draw(task, number) for number in range(task.num_shards)], count)
-    error: Exception | None = None
-    try:
-        _prepare(task)
+    for group in (range(1), range(1, share.size)):  # the others find the folder that the first has made
+        with _agreed(share):
+            if share.rank in group:
+                _prepare(task)
+    with _agreed(share):
         for number in range(share.rank, task.num_shards, share.size):
             if not _is_sound(task, number):
                 _write(task, number)
+    with raise_on_all(comm):
+        return _joined([read_tensors(task.path(number))[0] for number in range(task.num_shards)], count)
+
+
+@contextmanager
+def _agreed(share: MPI.Comm) -> Iterator[None]:
+    """Raise an error of one group of ranks, after the other groups have done their part, on all. Collective over `share`."""
+    error: Exception | None = None
+    try:
+        yield
     except Exception as caught:
         error = caught
     agree_on_error(share, error)
-    with raise_on_all(comm):
-        return _joined([read_tensors(task.path(number))[0] for number in range(task.num_shards)], count)
 
 
 def _joined(shards: list[dict[str, Tensor]], count: int) -> Simulations:

@@ -251,5 +251,5 @@ def share_parameters(module: nn.Module, prior: FieldPrior) -> None:
     if prior.comm.size == 1:
         return
     for value in module.state_dict().values():
-        first = all_sum(value if prior.comm.rank == 0 else torch.zeros_like(value), prior.comm)
-        value.copy_(first)
+        own = value.to(torch.float64)
+        value.copy_(all_sum(own if prior.comm.rank == 0 else torch.zeros_like(own), prior.comm))
