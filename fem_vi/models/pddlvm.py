@@ -85,7 +85,7 @@ class PDDLVM(nn.Module):
         petsc_options: For `Preconditioned` and `SolutionUnits`, as for `Solve`.
 
     Attributes:
-        virtual_data: What `fit` takes as the problem of the first stage.
+        problem: What `fit` takes for the first stage: virtual data r = 0 for all z.
         state: The map between coordinates and fields; `state.size` coordinates.
         noise: eps as a part of the model.
         residual: The `Residual`.
@@ -107,7 +107,7 @@ class PDDLVM(nn.Module):
         ...     pde, prior=prior, inputs=prior.field, forward=nn.Sequential(body, DiagonalHead(128, num_nodes)),
         ...     measure=Preconditioned(prior.field_mean), eps=LearnedEps(),
         ... )
-        >>> run = fem_vi.fit(model.virtual_data, model, VirtualELBO(samples=64), steps=2000, optimizer=fem_vi.Adam(1e-3))
+        >>> run = fem_vi.fit(model.problem, model, VirtualELBO(samples=64), steps=2000, optimizer=fem_vi.Adam(1e-3))
         >>> u = model.predict(z)
     """
 
@@ -147,7 +147,7 @@ class PDDLVM(nn.Module):
         self.num_residuals = int(all_sum(self._free.sum(), pde.comm))
         self.noise = eps.create()
         self.forward_network, self.inverse_network = forward, inverse
-        self.virtual_data = VirtualData(prior, self.cost, self._describe(eps))
+        self.problem = VirtualData(prior, self.cost, self._describe(eps))
         with raise_on_all(pde.comm):
             _check_network("forward", forward, prior.num_global, self.state.size)
             if inverse is not None:

@@ -55,7 +55,7 @@ class VirtualELBO:
         problems in parametric PDEs.
 
     Example:
-        >>> run = fem_vi.fit(model.virtual_data, model, VirtualELBO(samples=64), steps=2000)
+        >>> run = fem_vi.fit(model.problem, model, VirtualELBO(samples=64), steps=2000)
     """
 
     samples: int = 64
@@ -69,7 +69,7 @@ class VirtualELBO:
         """Estimate the bound.
 
         Args:
-            problem: `model.virtual_data`.
+            problem: `model.problem`.
             model: A `PDDLVM`.
 
         Returns:
@@ -80,9 +80,9 @@ class VirtualELBO:
 
         MPI: Collective.
         """
-        if getattr(model, "virtual_data", None) is not problem:
+        if getattr(model, "problem", None) is not problem:
             raise InvalidInput(
-                "VirtualELBO is fitted to a model's own virtual data: fit(model.virtual_data, model, VirtualELBO())."
+                "VirtualELBO is fitted to a model's own virtual data: fit(model.problem, model, VirtualELBO())."
             )
         z = problem.prior.rsample(torch.Size([self.samples])).detach()
         c, log_q = draw_coordinates(model, model.whitened(z), path=isinstance(self.gradient, PathDerivative))

@@ -96,7 +96,7 @@ STAGES = ((0.05, 200, fem_vi.TotalDerivative()), (0.02, 500, fem_vi.PathDerivati
 def fitted(model: PDDLVM, samples: int = 64, stages=STAGES) -> fem_vi.Run:
     for lr, steps, gradient in stages:
         objective = VirtualELBO(samples=samples, gradient=gradient)
-        run = fem_vi.fit(model.virtual_data, model, objective, steps=steps, optimizer=fem_vi.Adam(lr))
+        run = fem_vi.fit(model.problem, model, objective, steps=steps, optimizer=fem_vi.Adam(lr))
     return run
 
 
@@ -249,14 +249,14 @@ def test_annealed_eps_goes_down_with_the_steps_and_is_part_of_the_state(tmp_path
     seen = []
     callbacks = [lambda row: seen.append(float(one.noise.log_eps().exp()))]
     run = partial(fem_vi.fit, objective=VirtualELBO(samples=4), optimizer=fem_vi.Adam(0.01))
-    run(one.virtual_data, one, steps=6, callbacks=callbacks, schedule=fem_vi.vi.optimizer.Constant())
+    run(one.problem, one, steps=6, callbacks=callbacks, schedule=fem_vi.vi.optimizer.Constant())
     assert seen == pytest.approx([10**-0.5, 0.1, 10**-1.5, 0.01, 0.01, 0.01])
     one.save(tmp_path / "one")
     assert float(two.noise.log_eps()) == 0.0
     two.load(tmp_path / "one")
     assert float(two.noise.log_eps().exp()) == pytest.approx(0.01)
     with torch.no_grad():
-        VirtualELBO(samples=4)(one.virtual_data, one)
+        VirtualELBO(samples=4)(one.problem, one)
     assert int(one.noise.count) == 6, "an evaluation without gradients, as in a line search, is no step"
 
 
@@ -285,7 +285,7 @@ def test_takes_any_weak_form(name: str) -> None:
         eps=fem_vi.FixedEps(0.01),
         measure=Preconditioned(tuple(case.values), state=solution),
     )
-    run = fem_vi.fit(model.virtual_data, model, VirtualELBO(samples=8), steps=40, optimizer=fem_vi.Adam(1e-2))
+    run = fem_vi.fit(model.problem, model, VirtualELBO(samples=8), steps=40, optimizer=fem_vi.Adam(1e-2))
     elbo = [row.elbo for row in run.history]
     assert np.mean(elbo[-8:]) > np.mean(elbo[:8]) + 0.5
     assert run.cost.solves == 0
@@ -326,7 +326,7 @@ def test_a_fit_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
     runs = []
     for comm in (COMM, MPI.COMM_SELF):
         model = replicated_model(comm)
-        run = fem_vi.fit(model.virtual_data, model, VirtualELBO(samples=4), steps=3, optimizer=fem_vi.Adam(0.01), seed=3)
+        run = fem_vi.fit(model.problem, model, VirtualELBO(samples=4), steps=3, optimizer=fem_vi.Adam(0.01), seed=3)
         runs.append([(row.elbo, row.grad_norm) for row in run.history])
         z = torch.tensor([[0.3, -1.0, 0.5]], dtype=F64)
         moments = model.predict(z)
@@ -346,16 +346,16 @@ def test_a_fit_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
 def test_a_fit_that_was_interrupted_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
     whole, parts = replicated_model(MPI.COMM_SELF), replicated_model(MPI.COMM_SELF)
     options = {"objective": VirtualELBO(samples=4), "optimizer": fem_vi.Adam(0.01), "schedule": fem_vi.vi.optimizer.Constant()}
-    fem_vi.fit(whole.virtual_data, whole, steps=6, **options)
-    fem_vi.fit(parts.virtual_data, parts, steps=3, path=tmp_path / "run", **options)
+    fem_vi.fit(whole.problem, whole, steps=6, **options)
+    fem_vi.fit(parts.problem, parts, steps=3, path=tmp_path / "run", **options)
     again = replicated_model(MPI.COMM_SELF)
-    run = fem_vi.fit(again.virtual_data, again, steps=6, path=tmp_path / "run", resume=True, **options)
+    run = fem_vi.fit(again.problem, again, steps=6, path=tmp_path / "run", resume=True, **options)
     assert len(run.history) == 6
     torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
     other = Rod.create()
     model = PDDLVM(other.pde, prior=other.source_prior(), inputs=of_source, forward=HEADS["full"]())
     with pytest.raises(RunFolderError, match="is of a run"):
-        fem_vi.fit(model.virtual_data, model, steps=6, path=tmp_path / "run", resume=True, **options)
+        fem_vi.fit(model.problem, model, steps=6, path=tmp_path / "run", resume=True, **options)
 
 
 def test_a_damaged_file_or_one_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_refuses_what_does_not_fit_together() -> None:
     rod = Rod.create()
     one, two = (PDDLVM(rod.pde, prior=rod.source_prior(), inputs=of_source, forward=HEADS["full"]()) for _ in range(2))
     with pytest.raises(InvalidInput, match="own virtual data"):
-        fem_vi.fit(one.virtual_data, two, VirtualELBO(), steps=1)
+        fem_vi.fit(one.problem, two, VirtualELBO(), steps=1)
     with pytest.raises(InvalidInput, match="no inverse network"):
         one.invert(torch.zeros(ELEMENTS + 1, dtype=F64))
     with pytest.raises(InvalidInput, match="samples is 0"):
