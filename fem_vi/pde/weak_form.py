@@ -10,10 +10,13 @@ from ufl import classes
 from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.algorithms.analysis import extract_type
 
+from fem_vi.arguments import instance
 from fem_vi.errors import InvalidInput, UnsupportedForm
+from fem_vi.parallel import raise_on_all
+from fem_vi.pde.agree import agreed
 from fem_vi.pde.boundary import Boundary
-from fem_vi.pde.copies import check_list, create_copies
-from fem_vi.pde.inputs import Input, create_function_input
+from fem_vi.pde.copies import check_list, check_symbols, create_copies
+from fem_vi.pde.inputs import FunctionInput, Input, check_function
 from fem_vi.pde.quadrature import pin_quadrature
 
 
@@ -58,15 +61,18 @@ class WeakForm:
         inputs: Sequence[fem.Function | fem.Constant],
         bcs: Sequence[fem.DirichletBC] = (),
     ) -> None:
-        test = _test_function(F, state)
-        check_list("inputs", inputs)
-        check_list("bcs", bcs)
+        with agreed(state, F, inputs):
+            test = _test_function(F, state)
+            check_list("inputs", inputs)
+            check_list("bcs", bcs)
+            check_function("the state", state)
+            if any(given is state for given in inputs):
+                raise InvalidInput("The state is listed among the inputs; it is what Solve returns.")
+            check_symbols(F, inputs, besides=[state])
         self._given = F, state, tuple(inputs), tuple(bcs)
         self.space = state.function_space
         self.comm = self.space.mesh.comm
-        self.unknown = create_function_input(state, "the state")
-        if any(given is state for given in inputs):
-            raise InvalidInput("The state is listed among the inputs; it is what Solve returns.")
+        self.unknown = FunctionInput(state, "the state")
         varying, self._fixed = create_copies(F, inputs, besides=[state])
         self.inputs = tuple(varying)
         self.test = ufl.TestFunction(self.space)
@@ -75,7 +81,8 @@ class WeakForm:
         copies = {given.given: given.symbol for given in (self.unknown, *self.inputs, *self._fixed)}
         self.form = pin_quadrature(expand_derivatives(ufl.replace(F, {test: self.test, **copies})))
         self.boundary = Boundary(self.space, bcs, self.inputs)
-        self._check_occurrence()
+        with raise_on_all(self.comm):
+            self._check_occurrence()
         self.initial_guess = self.state.x.array.copy()
         self.jacobian: ufl.Form = expand_derivatives(ufl.derivative(self.form, self.state, self.trial))
         sees_state = any(self.state is c for c in self.jacobian.coefficients())
@@ -127,6 +134,15 @@ class WeakForm:
                 "The value of a Dirichlet condition has changed since the WeakForm was built. "
                 "What varies must be listed in WeakForm(inputs=[...])."
             )
+
+
+def check_weak_form(name: str, pde: object) -> None:
+    """Refuse what is no weak form, such as the UFL form that one is made of. Not collective.
+
+    Raises:
+        InvalidInput: Naming it.
+    """
+    instance(name, pde, WeakForm, way_out="Write the PDE as fem_vi.WeakForm(F, state=u, inputs=[...]) first.")
 
 
 def is_switched_by(form: ufl.Form, symbol: object) -> bool:
