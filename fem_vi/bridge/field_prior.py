@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +114,11 @@ class MaternField(Distribution):
             log_prob does not.
 
     Raises:
-        InvalidInput: Where V is another space, or a parameter is out of range.
+        InvalidInput: Where V is another space, or a parameter is of the wrong type or out of range.
         SolveFailed: Where a solver fails, or log_prob is asked for without a factorisation by MUMPS.
+
+    Warns:
+        UserWarning: On rank 0, where `length` is below the mean distance of nodes, which makes the field noise of the mesh.
 
     MPI: Collective; every method except `all_sum`'s adjoint is too.
 
@@ -172,6 +176,7 @@ class MaternField(Distribution):
             tolerance=tolerance,
             petsc_options=petsc_options or {},
         )
+        self._warn_of_short_length(metric)
         self._names = node_names(V)
         layout = _Layout(self.comm, self._names, owned_range(V)[0], self.num_global)
         sampling = variance.tolerance if isinstance(variance, UniformVariance) else UniformVariance.tolerance
@@ -189,6 +194,20 @@ class MaternField(Distribution):
         std, length = float(_detached(self.std)), float(_detached(self.length))
         alpha = "" if self.alpha == 2.0 else f", alpha={self.alpha:g}"
         return f"MaternField({self.num_global} unknowns, std={std:g}, length={length:g}{mean}{alpha})"
+
+    def _warn_of_short_length(self, metric: Any) -> None:
+        """Say what a length below the distance of nodes does to the field. Collective."""
+        d = self.V.mesh.topology.dim
+        distance = (float(all_sum(self._root.mass.sum(), self.comm)) / self.num_global) ** (1 / d)
+        constant = metric is not None and not isinstance(metric, ufl.core.expr.Expr)
+        shortest = float(self.length) * (math.sqrt(np.linalg.eigvalsh(metric)[0]) if constant else 1.0)
+        if shortest < distance and self.comm.rank == 0:
+            warnings.warn(
+                f"MaternField: a length of {shortest:g} is below the mean distance of the mesh's nodes, {distance:.3g}. "
+                "Neighbouring nodes are all but independent: the field is noise, another on every mesh (and with PlainVariance, below std). "
+                "Refine the mesh, or take a length of several such distances.",
+                stacklevel=3,
+            )
 
     @property
     def kappa(self) -> float | Tensor:
