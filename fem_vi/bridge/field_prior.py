@@ -204,8 +204,8 @@ class MaternField(Distribution):
         if shortest < distance and self.comm.rank == 0:
             warnings.warn(
                 f"MaternField: a length of {shortest:g} is below the mean distance of the mesh's nodes, {distance:.3g}. "
-                "Neighbouring nodes are all but independent: the field is noise, another on every mesh (and with PlainVariance, below std). "
-                "Refine the mesh, or take a length of several such distances.",
+                "Neighbouring nodes are all but independent: the field is noise, another on every mesh (and with PlainVariance, "
+                "below std). Refine the mesh, or take a length of several such distances.",
                 stacklevel=3,
             )
 
