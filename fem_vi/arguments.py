@@ -73,4 +73,4 @@ def described(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     plain = value is None or isinstance(value, str | bytes | Number | list | tuple | dict)
-    return f"{value!r:.80}" if plain else f"a {type(value).__name__}"
+    return f"{' '.join(repr(value).split()):.80}" if plain else f"a {type(value).__name__}"

@@ -28,7 +28,7 @@ def check_symbols(form: ufl.Form, inputs: Sequence[object], *, besides: Sequence
     for position, given in enumerate(inputs):
         if any(given is other for other in inputs[:position]):
             raise InvalidInput(f"inputs[{position}] is listed twice.")
-        _check_symbol(given, _label(position, given))
+        _check_symbol(given, label_of(position, given))
     if any(isinstance(given, Coordinates) for given in inputs):
         check_shape_derivative(form)
     for symbol in _others(form, [*inputs, *besides]):
@@ -48,7 +48,8 @@ def _check_symbol(given: object, label: str) -> None:
         )
 
 
-def _label(position: int, given: object) -> str:
+def label_of(position: int, given: object) -> str:
+    """How errors call an input."""
     return f"inputs[{position}] ({given.name})" if isinstance(given, fem.Function) else f"inputs[{position}]"
 
 
@@ -89,5 +90,5 @@ def create_copies(form: ufl.Form, inputs: Sequence[object], *, besides: Sequence
 
     MPI: Collective, so that `check_symbols` comes first.
     """
-    varying = [_copy(given, _label(k, given)) for k, given in enumerate(inputs)]
+    varying = [_copy(given, label_of(k, given)) for k, given in enumerate(inputs)]
     return varying, [_copy(symbol, _name(symbol)) for symbol in _others(form, [*inputs, *besides])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import ufl
 from dolfinx import fem
@@ -15,7 +16,8 @@ from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.parallel import raise_on_all
 from fem_vi.pde.agree import agreed
 from fem_vi.pde.boundary import Boundary
-from fem_vi.pde.copies import check_list, check_symbols, create_copies
+from fem_vi.pde.coordinates import Coordinates
+from fem_vi.pde.copies import check_list, check_symbols, create_copies, label_of
 from fem_vi.pde.inputs import FunctionInput, Input, check_function
 from fem_vi.pde.quadrature import pin_quadrature
 
@@ -69,6 +71,7 @@ class WeakForm:
             if any(given is state for given in inputs):
                 raise InvalidInput("The state is listed among the inputs; it is what Solve returns.")
             check_symbols(F, inputs, besides=[state])
+            _check_occurrence(F, inputs, bcs)
         self._given = F, state, tuple(inputs), tuple(bcs)
         self.space = state.function_space
         self.comm = self.space.mesh.comm
@@ -149,6 +152,17 @@ def is_switched_by(form: ufl.Form, symbol: object) -> bool:
     """Whether a Function stands in a condition: the form is then not affine in it, though its derivative may say so."""
     conditions = extract_type(form, classes.Condition)
     return any(symbol in extract_coefficients(condition) for condition in conditions)
+
+
+def _check_occurrence(F: ufl.Form, inputs: Sequence[Any], bcs: Sequence[object]) -> None:
+    """Refuse inputs that occur nowhere before anything is copied, which all ranks do together."""
+    symbols = [*F.coefficients(), *F.constants(), *(bc.g for bc in bcs if isinstance(bc, fem.DirichletBC))]
+    for position, given in enumerate(inputs):
+        known = isinstance(given, Coordinates) or any(symbol is given or symbol is given._cpp_object for symbol in symbols)
+        if not known:
+            raise InvalidInput(
+                f"{label_of(position, given)} occurs neither in the form nor as the value of a Dirichlet condition."
+            )
 
 
 def _test_function(F: object, state: object) -> ufl.Argument:

@@ -342,7 +342,7 @@ ON_ONE_RANK: dict[str, tuple[Call, str]] = {
     "options": (lambda s: fem_vi.Residual(s.pde, petsc_options=["lu"] if LAST else None), "petsc_options is"),
     "input": (lambda s: weak_form(s, inputs=[None if LAST else s.m]), r"inputs\[0\] is a NoneType"),
     "state": (lambda s: weak_form(s, state=None if LAST else s.u), "state is a NoneType"),
-    "input that occurs nowhere": (lambda s: weak_form(s, inputs=[s.u.copy() if LAST else s.m]), "occurs neither"),
+    "input that occurs nowhere": (lambda s: weak_form(s, inputs=[s.data if LAST else s.m]), "occurs neither"),
     "list": (lambda s: fem_vi.Functional(s.m * ufl.dx, s.m if LAST else [s.m]), "inputs.*list"),
     "input of a functional": (lambda s: fem_vi.Functional(s.m * ufl.dx, [s.u if LAST else s.m]), "does not occur"),
     "input of an expression": (
