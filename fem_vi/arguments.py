@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+from collections.abc import Callable
+from numbers import Integral, Number, Real
+from types import NoneType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fem_vi.errors import InvalidInput
+
+_CALLABLE: Any = Callable
 
 
 def is_number(value: object) -> bool:
@@ -50,19 +54,29 @@ def positive(name: str, value: Any) -> float:
     return float(number)
 
 
-def instance(name: str, value: object, *kinds: type) -> None:
+def instance(name: str, value: object, *kinds: type, way_out: str = "") -> None:
     """Refuse a value that is of none of some types, such as the type itself.
 
     Args:
         name: How the error calls it.
         value: What the user passed.
-        kinds: The types that will do.
+        kinds: The types that will do. A class will do for `Callable` only, which it is.
+        way_out: What to do about it, a sentence.
 
     Raises:
-        InvalidInput: Naming them.
+        InvalidInput: Naming what was given and what was expected.
     """
-    if not isinstance(value, kinds):
-        raise InvalidInput(f"{name} is {value!r:.80}; it must be of type {' or '.join(kind.__name__ for kind in kinds)}.")
+    if not isinstance(value, kinds) or (isinstance(value, type) and _CALLABLE not in kinds):
+        expected = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise InvalidInput(f"{name} is {described(value)}; it must be of type {expected}.{way_out and ' ' + way_out}")
+
+
+def described(value: object) -> str:
+    """A value in an error message: itself where it is a number, a name or a list of such, else what it is."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    plain = value is None or isinstance(value, str | bytes | Number | list | tuple | dict)
+    return f"{' '.join(repr(value).split()):.80}" if plain else f"a {type(value).__name__}"
 
 
 def indices(name: str, given: Any, *, size: int, owning: str) -> NDArray[np.int64]:

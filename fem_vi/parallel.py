@@ -15,6 +15,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from fem_vi import errors
+from fem_vi.arguments import instance, whole
 
 T = TypeVar("T")
 _EXCHANGE = 7301  # the tag of messages of `exchange`
@@ -220,7 +221,8 @@ class ProcessGrid:
 
         MPI: Collective.
         """
-        ranks = comm.size if mesh_ranks is None else mesh_ranks
+        instance("ProcessGrid: comm", comm, MPI.Comm)
+        ranks = comm.size if mesh_ranks is None else whole("ProcessGrid: mesh_ranks", mesh_ranks)
         if ranks < 1 or comm.size % ranks != 0:
             raise errors.InvalidInput(
                 f"mesh_ranks is {ranks}; it must divide the {comm.size} ranks of the communicator. "

@@ -8,9 +8,10 @@ import torch
 from dolfinx import fem
 from torch import Tensor
 
-from fem_vi.bridge.layout import as_numpy
+from fem_vi.arguments import instance
+from fem_vi.bridge.layout import OWNED, as_numpy, check_last_axis
 from fem_vi.errors import InvalidInput
-from fem_vi.parallel import raise_on_all
+from fem_vi.pde.agree import agreed, check_space
 from fem_vi.pde.inputs import load_owned, local_size
 
 
@@ -23,8 +24,12 @@ def to_tensor(function: fem.Function) -> Tensor:
     Returns:
         Field tensor, `(n_owned,)`, float64.
 
+    Raises:
+        InvalidInput: For anything but a Function.
+
     MPI: Not collective.
     """
+    instance("to_tensor: function", function, fem.Function)
     return torch.tensor(function.x.array[: local_size(function.function_space)[0]], dtype=torch.float64)
 
 
@@ -37,11 +42,13 @@ def to_function(x: Tensor, V: Any, *, name: str = "f") -> fem.Function:
         name: Name of the Function, in files and plots.
 
     Raises:
-        InvalidInput: Where the shape is wrong.
+        InvalidInput: Where a type or the shape is wrong.
 
     MPI: Collective.
     """
-    with raise_on_all(V.mesh.comm):
+    with agreed(V):
+        check_space("to_function: V", V)
+        check_last_axis("to_function: x", x, local_size(V)[0], OWNED)
         if tuple(x.shape) != (local_size(V)[0],):
             raise InvalidInput(f"to_function: x has shape {tuple(x.shape)}; this rank owns {local_size(V)[0]} coefficients of V.")
     function = fem.Function(V, name=name)

@@ -20,13 +20,14 @@ from fem_vi.bridge.batch import Argument
 from fem_vi.bridge.call import Call
 from fem_vi.bridge.operator import BatchedOperator
 from fem_vi.errors import InvalidInput, SolveFailed
+from fem_vi.pde.agree import agreed
 from fem_vi.pde.checkpoints import BinomialCheckpoints, Stored
 from fem_vi.pde.clock import check_set_by_evolve, create_clocks
 from fem_vi.pde.coordinates import CoordinateInput
 from fem_vi.pde.inputs import Array, Input
-from fem_vi.pde.petsc_options import Option
+from fem_vi.pde.petsc_options import Option, check_options
 from fem_vi.pde.step import TimeStep, Trajectory
-from fem_vi.pde.weak_form import WeakForm
+from fem_vi.pde.weak_form import WeakForm, check_weak_form
 
 
 class Evolve(BatchedOperator):
@@ -93,7 +94,11 @@ class Evolve(BatchedOperator):
         petsc_options: Mapping[str, Option] | None = None,
         factor_budget: int = 2**30,
     ) -> None:
-        whole("Evolve: num_steps", num_steps, least=1)
+        with agreed(pde):
+            check_weak_form("Evolve: pde", pde)
+            check_options(petsc_options)
+            whole("Evolve: num_steps", num_steps, least=1)
+            whole("Evolve: factor_budget", factor_budget, least=0)
         if any(isinstance(given, CoordinateInput) for given in pde.inputs):
             raise InvalidInput(
                 "Evolve: the coordinates of the mesh cannot be an input of a time step; Solve and Functional take them."

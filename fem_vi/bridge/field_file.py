@@ -13,9 +13,11 @@ from dolfinx import fem
 from dolfinx.io import XDMFFile
 from torch import Tensor
 
-from fem_vi.bridge.layout import as_numpy
+from fem_vi.arguments import instance
+from fem_vi.bridge.layout import OWNED, as_numpy, check_last_axis
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all
+from fem_vi.pde.agree import agreed, check_space
 from fem_vi.pde.inputs import load_owned, local_size
 from fem_vi.pde.locate import coordinate_element
 
@@ -29,10 +31,14 @@ def write_fields(path: str | Path, V: Any, fields: Mapping[str, Tensor]) -> None
         fields: Names and field tensors `(n_owned,)`.
 
     Raises:
-        InvalidInput: Where the name or a shape is wrong.
+        InvalidInput: Where a type, the name or a shape is wrong.
 
     MPI: Collective.
     """
+    with agreed(V):
+        instance("write_fields: path", path, str, os.PathLike)
+        check_space("write_fields: V", V)
+        instance("write_fields: fields", fields, Mapping, way_out='Name them: {"m": m}.')
     target, comm = Path(path), V.mesh.comm
     with raise_on_all(comm):
         if target.suffix != ".xdmf":
@@ -44,6 +50,7 @@ def write_fields(path: str | Path, V: Any, fields: Mapping[str, Tensor]) -> None
                 "Interpolate the field to such a space first."
             )
         for name, values in fields.items():
+            check_last_axis(f"write_fields: {name}", values, local_size(V)[0], OWNED)
             if tuple(values.shape) != (local_size(V)[0],):
                 raise InvalidInput(
                     f"write_fields: {name} has shape {tuple(values.shape)}; expected {(local_size(V)[0],)} on this rank."

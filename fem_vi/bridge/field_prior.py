@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +27,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution
 
-from fem_vi.arguments import instance, is_number, positive
+from fem_vi.arguments import described, instance, is_number, positive
 from fem_vi.bridge.field_file import write_fields
-from fem_vi.bridge.layout import all_sum, gather, localise, num_global, num_owned, owned_range
+from fem_vi.bridge.layout import OWNED, all_sum, check_last_axis, gather, localise, num_global, num_owned, owned_range
 from fem_vi.bridge.matern_root import MaternRoot
 from fem_vi.bridge.matern_table import AtAnyLength, AtOneLength, Statistics
 from fem_vi.errors import InvalidInput
 from fem_vi.noise import standard_normal
 from fem_vi.parallel import all_values, raise_on_all, shared_seed
 from fem_vi.pde.fields import check_vertex_space, node_names
-from fem_vi.pde.petsc_options import Option
+from fem_vi.pde.petsc_options import Option, check_options
 from fem_vi.pde.rational import LEAST_TOLERANCE
 
 
@@ -113,8 +114,11 @@ class MaternField(Distribution):
             log_prob does not.
 
     Raises:
-        InvalidInput: Where V is another space, or a parameter is out of range.
+        InvalidInput: Where V is another space, or a parameter is of the wrong type or out of range.
         SolveFailed: Where a solver fails, or log_prob is asked for without a factorisation by MUMPS.
+
+    Warns:
+        UserWarning: On rank 0, where `length` is below the mean distance of nodes, which makes the field noise of the mesh.
 
     MPI: Collective; every method except `all_sum`'s adjoint is too.
 
@@ -148,6 +152,7 @@ class MaternField(Distribution):
         check_vertex_space(V)
         self.comm = V.mesh.comm
         with raise_on_all(self.comm):
+            check_options(petsc_options)
             self.std: float | Tensor = _number("std", std)
             self.length: float | Tensor = _number("length", length)
             _check_mean(mean, num_owned(V))
@@ -171,6 +176,7 @@ class MaternField(Distribution):
             tolerance=tolerance,
             petsc_options=petsc_options or {},
         )
+        self._warn_of_short_length(metric)
         self._names = node_names(V)
         layout = _Layout(self.comm, self._names, owned_range(V)[0], self.num_global)
         sampling = variance.tolerance if isinstance(variance, UniformVariance) else UniformVariance.tolerance
@@ -188,6 +194,20 @@ class MaternField(Distribution):
         std, length = float(_detached(self.std)), float(_detached(self.length))
         alpha = "" if self.alpha == 2.0 else f", alpha={self.alpha:g}"
         return f"MaternField({self.num_global} unknowns, std={std:g}, length={length:g}{mean}{alpha})"
+
+    def _warn_of_short_length(self, metric: Any) -> None:
+        """Say what a length below the distance of nodes does to the field. Collective."""
+        d = self.V.mesh.topology.dim
+        distance = (float(all_sum(self._root.mass.sum(), self.comm)) / self.num_global) ** (1 / d)
+        constant = metric is not None and not isinstance(metric, ufl.core.expr.Expr)
+        shortest = float(self.length) * (math.sqrt(np.linalg.eigvalsh(metric)[0]) if constant else 1.0)
+        if shortest < distance and self.comm.rank == 0:
+            warnings.warn(
+                f"MaternField: a length of {shortest:g} is below the mean distance of the mesh's nodes, {distance:.3g}. "
+                "Neighbouring nodes are all but independent: the field is noise, another on every mesh (and with PlainVariance, "
+                "below std). Refine the mesh, or take a length of several such distances.",
+                stacklevel=3,
+            )
 
     @property
     def kappa(self) -> float | Tensor:
@@ -320,8 +340,7 @@ class MaternField(Distribution):
     def scatter(self, x: Tensor) -> Tensor:
         """The inverse of `gather`: the owned part of what is replicated; differentiable. Collective."""
         with raise_on_all(self.comm):
-            if x.ndim == 0 or x.shape[-1] != self.num_global:
-                raise InvalidInput(f"scatter: x has shape {tuple(x.shape)}; its last axis must have {self.num_global} entries.")
+            check_last_axis("scatter: x", x, self.num_global, "the coefficients that all ranks own together.")
         first, last = owned_range(self.V)
         return self.localise(x)[..., torch.argsort(self._file_order())[first:last]]
 
@@ -383,10 +402,7 @@ class MaternField(Distribution):
 
     def _check(self, x: Tensor, name: str) -> None:
         with raise_on_all(self.comm):
-            if x.ndim == 0 or x.shape[-1] != self.event_shape[0]:
-                raise InvalidInput(
-                    f"MaternField: {name} has shape {tuple(x.shape)}; its last axis must be {self.event_shape[0]} (owned)."
-                )
+            check_last_axis(f"MaternField: {name}", x, self.event_shape[0], OWNED)
         batches = all_values(self.comm, tuple(x.shape[:-1]))
         if any(batch != batches[0] for batch in batches):
             raise InvalidInput(f"MaternField: the batch axes of {name} differ between ranks: {batches}.")
@@ -419,6 +435,8 @@ def _smoothness(alpha: float, dimension: int) -> float:
 
 
 def _check_mean(mean: float | Tensor, size: int) -> None:
+    if isinstance(mean, Tensor) and mean.is_complex():
+        raise InvalidInput(f"MaternField: mean is {mean.dtype}; it must be real.")
     fits = tuple(mean.shape) in ((), (size,)) if isinstance(mean, Tensor) else is_number(mean)
     if not fits:
         given = f"has shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"is {mean!r:.80}"
@@ -428,6 +446,8 @@ def _check_mean(mean: float | Tensor, size: int) -> None:
 
 
 def _checked_range(lengths: tuple[float, float] | None, length: float) -> tuple[float, float]:
+    if not (lengths is None or (isinstance(lengths, tuple | list) and len(lengths) == 2)):
+        raise InvalidInput(f"MaternField: lengths is {described(lengths)}; it must be (shortest, longest), or None.")
     low, high = (length / 4.0, length * 4.0) if lengths is None else (positive("MaternField: lengths", x) for x in lengths)
     if not low < high:
         raise InvalidInput(f"MaternField: lengths is {lengths}; it must be (shortest, longest).")
@@ -443,7 +463,10 @@ def _checked_metric(metric: Any, mesh: Any) -> Any:
         if metric.ufl_shape != (d, d):
             raise InvalidInput(f"MaternField: metric has shape {metric.ufl_shape}; it must be {(d, d)}.")
         return metric
-    array = np.asarray(metric, dtype=np.float64)
+    try:
+        array = np.asarray(metric, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"MaternField: metric is {described(metric)}; it must be a {d} x {d} matrix: {error}.") from error
     if array.shape != (d, d) or not np.allclose(array, array.T) or not np.linalg.eigvalsh(array).min() > 0.0:
         raise InvalidInput(f"MaternField: metric is {array.tolist()}; it must be a symmetric positive definite {d} x {d} matrix.")
     return ufl.as_matrix(array.tolist())

@@ -15,9 +15,10 @@ from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.parallel import sum_over_ranks
 from fem_vi.pde.adjoint import FormGradient
+from fem_vi.pde.agree import agreed
 from fem_vi.pde.assemble import ScalarForm
 from fem_vi.pde.coordinates import Coordinates
-from fem_vi.pde.copies import check_list, create_copies
+from fem_vi.pde.copies import check_list, check_symbols, create_copies
 from fem_vi.pde.inputs import Array, FunctionInput
 from fem_vi.pde.quadrature import check_rules_of_derivatives, pin_quadrature
 from fem_vi.pde.tangent import ScalarTangent
@@ -46,17 +47,8 @@ class Functional(BatchedOperator):
     """
 
     def __init__(self, form: ufl.Form, inputs: Sequence[fem.Function | fem.Constant]) -> None:
-        if not isinstance(form, ufl.Form):
-            raise UnsupportedForm(
-                f"form is a {type(form).__name__}; it must be a UFL form (an integrand times ufl.dx, ufl.ds or ufl.dS)."
-            )
-        if form.arguments():
-            raise UnsupportedForm(f"form has {len(form.arguments())} arguments; a functional has none.")
-        check_list("inputs", inputs)
-        symbols = [*form.coefficients(), *form.constants()]
-        for position, given in enumerate(inputs):
-            if not isinstance(given, Coordinates) and not any(given is symbol for symbol in symbols):
-                raise InvalidInput(f"inputs[{position}] does not occur in the form.")
+        with agreed(form, inputs):
+            _check(form, inputs)
         copies, self._fixed = create_copies(form, inputs)
         super().__init__(form.ufl_domain().ufl_cargo(), copies, ())
         expanded = pin_quadrature(expand_derivatives(ufl.replace(form, {c.given: c.symbol for c in (*copies, *self._fixed)})))
@@ -109,3 +101,20 @@ class Functional(BatchedOperator):
             self._tangent.load(call.values(bend.tangents, sample))
             for k, grad in enumerate(grads):
                 grad[call.rows[k][sample]] += bend.lam[sample] * self._tangent.gradient(k)
+
+
+def _check(form: object, inputs: Sequence[object]) -> None:
+    if not isinstance(form, ufl.Form):
+        raise UnsupportedForm(
+            f"form is a {type(form).__name__}; it must be a UFL form (an integrand times ufl.dx, ufl.ds or ufl.dS)."
+        )
+    if form.empty():
+        raise UnsupportedForm("form has no integrals; a functional has one at least.")
+    if form.arguments():
+        raise UnsupportedForm(f"form has {len(form.arguments())} arguments; a functional has none.")
+    check_list("inputs", inputs)
+    symbols = [*form.coefficients(), *form.constants()]
+    for position, given in enumerate(inputs):
+        if not isinstance(given, Coordinates) and not any(given is symbol for symbol in symbols):
+            raise InvalidInput(f"inputs[{position}] does not occur in the form.")
+    check_symbols(form, inputs)

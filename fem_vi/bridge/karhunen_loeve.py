@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fem_vi.arguments import instance, is_number, positive, whole
 from fem_vi.bridge.field_prior import MaternField
-from fem_vi.bridge.layout import all_sum, as_numpy, gather, localise, num_global, num_owned
+from fem_vi.bridge.layout import all_sum, as_numpy, check_last_axis, gather, localise, num_global, num_owned
 from fem_vi.errors import InvalidInput
 from fem_vi.noise import standard_normal
 from fem_vi.parallel import raise_on_all
@@ -185,10 +185,7 @@ class KarhunenLoeveField(GaussianVector):
         MPI: Not collective forward, but for the check; collective backward.
         """
         with raise_on_all(self.comm):
-            if xi.ndim == 0 or xi.shape[-1] != self.num_global:
-                raise InvalidInput(
-                    f"KarhunenLoeveField: xi has shape {tuple(xi.shape)}; its last axis must have {self.num_global} entries."
-                )
+            check_last_axis("KarhunenLoeveField: xi", xi, self.num_global, "one for each mode.")
         return self.field_mean + localise(xi * self.eigenvalues.sqrt(), self.comm) @ self.modes
 
     def coefficients(self, m: Tensor) -> Tensor:

@@ -14,23 +14,56 @@ That convention fixes the adjoint of each crossing:
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from fem_vi.arguments import described, instance
 from fem_vi.bridge.linear import apply_linear
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all
 
+OWNED = "the coefficients that this rank owns. Use fem_vi.distribute to slice a replicated vector."
 
+
+@runtime_checkable
 class FunctionSpace(Protocol):
     """What this module needs of a `dolfinx.fem.FunctionSpace`."""
 
     dofmap: Any
     mesh: Any
+
+
+def check_last_axis(name: str, x: object, size: int, meaning: str) -> None:
+    """Refuse what is no real tensor with so many entries along its last axis. Not collective.
+
+    Args:
+        name: How the error calls it.
+        x: What the user passed.
+        size: The entries that the last axis must have.
+        meaning: Whose they are, and what to do where there are others.
+
+    Raises:
+        InvalidInput: Naming type, dtype or shape.
+    """
+    if not isinstance(x, Tensor):
+        raise InvalidInput(f"{name} is {described(x)}; it must be a torch tensor.")
+    if x.is_complex():
+        raise InvalidInput(f"{name} is {x.dtype}; it must be real. Give real and imaginary parts as tensors of their own.")
+    if x.ndim == 0 or x.shape[-1] != size:
+        raise InvalidInput(f"{name} has shape {tuple(x.shape)}; its last axis must have {size} entries, {meaning}")
+
+
+def _check_space(name: str, V: object) -> None:
+    instance(f"{name}: V", V, FunctionSpace, way_out='It is dolfinx.fem.functionspace(mesh, ("Lagrange", 1)), for example.')
+
+
+def _check_summed(name: str, x: object, comm: object) -> None:
+    instance(f"{name}: comm", comm, MPI.Comm, way_out="Take mesh.comm.")
+    instance(f"{name}: x", x, Tensor)
 
 
 def _sum_over_ranks(x: Tensor, comm: MPI.Comm) -> Tensor:
@@ -58,6 +91,7 @@ def all_sum(x: Tensor, comm: MPI.Comm) -> Tensor:
 
     MPI: Collective forward, not collective backward.
     """
+    _check_summed("all_sum", x, comm)
     return apply_linear(lambda local: _sum_over_ranks(local, comm), torch.clone, x)
 
 
@@ -78,6 +112,7 @@ def localise(x: Tensor, comm: MPI.Comm) -> Tensor:
 
     MPI: Not collective forward, collective backward.
     """
+    _check_summed("localise", x, comm)
     return apply_linear(torch.clone, lambda part: _sum_over_ranks(part, comm), x)
 
 
@@ -113,10 +148,10 @@ def distribute(x: Tensor, V: FunctionSpace) -> Tensor:
 
     MPI: Collective.
     """
+    _check_space("distribute", V)
     comm = V.mesh.comm
     with raise_on_all(comm):
-        if x.ndim == 0 or x.shape[-1] != num_global(V):
-            raise InvalidInput(f"distribute: x has shape {tuple(x.shape)}; its last axis must have {num_global(V)} entries.")
+        check_last_axis("distribute: x", x, num_global(V), "the coefficients that all ranks own together.")
     first, last = owned_range(V)
     return localise(x, comm)[..., first:last]
 
@@ -136,11 +171,11 @@ def gather(x: Tensor, V: FunctionSpace) -> Tensor:
 
     MPI: Collective.
     """
+    _check_space("gather", V)
     comm = V.mesh.comm
     first, last = owned_range(V)
     with raise_on_all(comm):
-        if x.ndim == 0 or x.shape[-1] != last - first:
-            raise InvalidInput(f"gather: x has shape {tuple(x.shape)}; its last axis must have {last - first} entries.")
+        check_last_axis("gather: x", x, last - first, OWNED)
     return all_sum(torch.nn.functional.pad(x, (first, num_global(V) - last)), comm)
 
 

@@ -8,9 +8,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fem_vi.bridge.layout import OWNED, check_last_axis
 from fem_vi.bridge.point_values import PointValues
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all
+from fem_vi.pde.agree import agreed, check_space
 from fem_vi.pde.points import Outside, find_points
 
 
@@ -40,10 +42,11 @@ class PointObservation:
     """
 
     def __init__(self, V: Any, points: ArrayLike, *, outside: Outside | None = None) -> None:
-        self.comm = V.mesh.comm
-        with raise_on_all(self.comm):
+        with agreed(V):
+            check_space("PointObservation: V", V)
             if V.ufl_element().is_mixed:
                 raise InvalidInput("PointObservation: the space is mixed; observe one of its parts, V.sub(i).")
+        self.comm = V.mesh.comm
         self.points, location = find_points(V.mesh, points, outside)
         self.found = torch.from_numpy(location.found)
         self._values = PointValues(V, location)
@@ -57,13 +60,7 @@ class PointObservation:
         """Values of the field at the points; see the class. Collective."""
         num_owned = self._values.num_owned
         with raise_on_all(self.comm):
-            if not isinstance(u, Tensor):
-                raise InvalidInput(f"PointObservation: u is a {type(u).__name__}; it must be a torch tensor.")
-            if u.ndim == 0 or u.shape[-1] != num_owned:
-                raise InvalidInput(
-                    f"PointObservation: u has shape {tuple(u.shape)}; its last axis must be {num_owned}, the coefficients "
-                    "that this rank owns. Use fem_vi.distribute to slice a replicated vector."
-                )
+            check_last_axis("PointObservation: u", u, num_owned, OWNED)
         batches = all_values(self.comm, tuple(u.shape[:-1]))
         if any(batch != batches[0] for batch in batches):
             raise InvalidInput(f"PointObservation: the batch axes of u differ between ranks: {batches}.")

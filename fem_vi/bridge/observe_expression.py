@@ -27,8 +27,9 @@ from fem_vi.bridge.point_values import PointValues
 from fem_vi.bridge.ufl_torch import TorchExpression, derivative_of, lower, terminals
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.parallel import all_values, raise_on_all
+from fem_vi.pde.agree import agreed
 from fem_vi.pde.coordinates import Coordinates
-from fem_vi.pde.copies import check_list, create_copies
+from fem_vi.pde.copies import check_list, check_symbols, create_copies
 from fem_vi.pde.inputs import ConstantInput, FrozenMesh, FunctionInput, Input
 from fem_vi.pde.locate import Location
 from fem_vi.pde.points import Outside, find_points
@@ -77,11 +78,13 @@ class ExpressionObservation:
         *,
         outside: Outside | None = None,
     ) -> None:
-        symbols = _Symbols(expr)
-        check_list("inputs", inputs)
-        mesh = _mesh_of(symbols)
+        with agreed(expr, inputs):
+            symbols = _Symbols(expr)
+            check_list("inputs", inputs)
+            mesh = _mesh_of(symbols)
+            _check_given(symbols, inputs)
         self.comm = mesh.comm
-        varying, fixed = _create_given(symbols, inputs)
+        varying, fixed = create_copies(symbols, inputs)
         lowered = lower(expr)
         nodes = terminals(lowered)
         self._expression = TorchExpression(lowered, nodes)
@@ -149,8 +152,7 @@ def _mesh_of(symbols: _Symbols) -> Any:
     return mesh
 
 
-def _create_given(symbols: _Symbols, inputs: Sequence[fem.Function | fem.Constant]) -> tuple[list[Input], list[Input]]:
-    """What varies and what is fixed. Collective."""
+def _check_given(symbols: _Symbols, inputs: Sequence[fem.Function | fem.Constant]) -> None:
     known = [*symbols.coefficients(), *symbols.constants()]
     if any(isinstance(given, Coordinates) for given in inputs):
         raise InvalidInput("ExpressionObservation: the coordinates of the mesh cannot be an input; its points are found once.")
@@ -160,7 +162,7 @@ def _create_given(symbols: _Symbols, inputs: Sequence[fem.Function | fem.Constan
     parts = [f.name for f in symbols.coefficients() if isinstance(f, fem.Function) and len(f.function_space.component()) > 0]
     if parts:
         raise InvalidInput(f"{parts[0]} is a part of a Function, w.sub(i); write ufl.split(w)[i] in expr, and list w as input.")
-    return create_copies(symbols, inputs)
+    check_symbols(symbols, inputs)
 
 
 class _Reading:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fem_vi.arguments import instance, whole
-from fem_vi.bridge.layout import all_sum, localise, num_owned
+from fem_vi.bridge.layout import all_sum, check_last_axis, localise, num_owned
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, max_over_ranks, raise_on_all
+from fem_vi.pde.agree import agreed, check_space
 from fem_vi.pde.fields import lumped_mass
 
 
@@ -72,10 +73,11 @@ class PiecewiseConstant:
     """
 
     def __init__(self, V: Any, parts: Tagged | Blocks) -> None:
-        self.V, self.comm = V, V.mesh.comm
-        with raise_on_all(self.comm):
+        with agreed(V):
+            check_space("PiecewiseConstant: V", V)
             instance("PiecewiseConstant: parts", parts, Tagged, Blocks)
             _check_cell_space(V)
+        self.V, self.comm = V, V.mesh.comm
         cells = np.arange(V.mesh.topology.index_map(V.mesh.topology.dim).size_local, dtype=np.int32)
         names = _tags_of(V, parts, cells) if isinstance(parts, Tagged) else _blocks_of(V, parts, cells)
         found = sorted({name for rank in all_values(self.comm, {int(name) for name in names}) for name in rank})
@@ -100,10 +102,7 @@ class PiecewiseConstant:
             InvalidInput: Where the last axis of theta is another.
         """
         with raise_on_all(self.comm):
-            if theta.ndim == 0 or theta.shape[-1] != self.num_parts:
-                raise InvalidInput(
-                    f"PiecewiseConstant: theta has shape {tuple(theta.shape)}; its last axis must have {self.num_parts} entries."
-                )
+            check_last_axis("PiecewiseConstant: theta", theta, self.num_parts, "one for each part.")
         return localise(theta, self.comm)[..., self.part]
 
     def average(self, m: Tensor) -> Tensor:

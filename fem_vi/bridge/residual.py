@@ -21,11 +21,12 @@ from fem_vi.bridge.solution_units import SolutionUnits
 from fem_vi.bridge.weighted import WeightedResidual
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all
+from fem_vi.pde.agree import agreed
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Rows, Samples
-from fem_vi.pde.petsc_options import Option
+from fem_vi.pde.petsc_options import Option, check_options
 from fem_vi.pde.subset import Cells, Patches
-from fem_vi.pde.weak_form import WeakForm
+from fem_vi.pde.weak_form import WeakForm, check_weak_form
 
 _ASSEMBLED = AssembledKernel()
 _EXACT = ExactLogdet()
@@ -72,8 +73,11 @@ class Residual:
     """
 
     def __init__(self, pde: WeakForm, *, kernel: Kernel = _ASSEMBLED, petsc_options: Mapping[str, Option] | None = None) -> None:
-        if isinstance(kernel, type) or not hasattr(kernel, "create"):
-            raise InvalidInput(f"kernel is {kernel!r}; it must be one of fem_vi's kernels, such as fem_vi.AssembledKernel().")
+        with agreed(pde):
+            check_weak_form("Residual: pde", pde)
+            check_options(petsc_options)
+            if isinstance(kernel, type) or not hasattr(kernel, "create"):
+                raise InvalidInput(f"kernel is {kernel!r}; it must be one of fem_vi's kernels, such as fem_vi.AssembledKernel().")
         self.pde = pde
         self.kernel = kernel
         self._petsc_options = dict(petsc_options or {})

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fem_vi.arguments import instance
 from fem_vi.bridge.torch_residual import TorchResidual, check_device
 from fem_vi.errors import InvalidInput, ResidualFileError, RunFolderError
 from fem_vi.output import write_atomic
@@ -85,6 +86,7 @@ def load_residual(path: str | os.PathLike[str], *, device: torch.device | str = 
     """
     check_device("load_residual", device)
     try:
+        instance("load_residual: path", path, str, os.PathLike)
         with safetensors.safe_open(Path(path), framework="pt") as file:
             header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in list(file.keys())}

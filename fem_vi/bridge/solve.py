@@ -23,18 +23,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fem_vi.arguments import instance
+from fem_vi.arguments import instance, whole
 from fem_vi.bridge.call import Call
 from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.bridge.split import Split
 from fem_vi.errors import SolveFailed
-from fem_vi.parallel import any_rank_each, raise_on_all
+from fem_vi.parallel import any_rank_each
 from fem_vi.pde.adjoint import ResidualVjp
+from fem_vi.pde.agree import agreed
 from fem_vi.pde.inputs import Array
-from fem_vi.pde.petsc_options import Option
+from fem_vi.pde.petsc_options import Option, check_options
 from fem_vi.pde.state import StateEquation
 from fem_vi.pde.tangent import ResidualTangent
-from fem_vi.pde.weak_form import WeakForm
+from fem_vi.pde.weak_form import WeakForm, check_weak_form
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,11 @@ class Solve(BatchedOperator):
         factor_budget: int = 2**30,
         failed: RaiseFailed | MaskFailed | None = None,
     ) -> None:
-        with raise_on_all(pde.comm):
+        with agreed(pde):
+            check_weak_form("Solve: pde", pde)
+            check_options(petsc_options)
             instance("failed", failed, RaiseFailed, MaskFailed, type(None))
+            whole("Solve: factor_budget", factor_budget, least=0)
         super().__init__(pde.space.mesh, pde.inputs, pde.unknown.shape)
         self.pde = pde
         self._equation = StateEquation(pde, petsc_options or {}, factor_budget)

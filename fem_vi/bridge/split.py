@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fem_vi.bridge.layout import num_owned
+from fem_vi.bridge.layout import OWNED, check_last_axis, num_owned
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all
+from fem_vi.pde.agree import agreed, check_space
 
 
 class Split:
@@ -43,6 +44,8 @@ class Split:
     """
 
     def __init__(self, W: Any) -> None:
+        with agreed(W):
+            check_space("Split: W", W)
         self._comm = W.mesh.comm
         self._num_owned = num_owned(W)
         if W.num_sub_spaces == 0:
@@ -55,13 +58,7 @@ class Split:
     def __call__(self, u: Tensor, *, names: Sequence[str] | None = None) -> tuple[Tensor, ...]:
         """The parts of a field; see the class. Collective."""
         with raise_on_all(self._comm):
-            if not isinstance(u, Tensor):
-                raise InvalidInput(f"Split: u is a {type(u).__name__}; it must be a torch tensor.")
-            if u.ndim == 0 or u.shape[-1] != self._num_owned:
-                raise InvalidInput(
-                    f"Split: u has shape {tuple(u.shape)}; its last axis must be {self._num_owned}, the coefficients that this "
-                    "rank owns."
-                )
+            check_last_axis("Split: u", u, self._num_owned, OWNED)
             kind = None if names is None else _named(names, len(self.spaces))
         parts = tuple(u.index_select(-1, dofs.to(u.device)) for dofs in self._parents)
         return parts if kind is None else kind(*parts)

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import ufl
 from dolfinx import fem
+from dolfinx.mesh import Mesh
 from ufl import classes
 from ufl.algorithms.analysis import extract_type
 
+from fem_vi.arguments import instance
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde import _compat
 from fem_vi.pde.inputs import Array, FunctionInput
@@ -52,6 +54,7 @@ def coordinates(mesh: Any) -> Coordinates:
         >>> solve = fem_vi.Solve(fem_vi.WeakForm(F, state=u, inputs=[x], bcs=bcs))
         >>> u = solve(fem_vi.to_tensor(x) + displacement)
     """
+    instance("coordinates: mesh", mesh, Mesh, way_out="It is V.mesh for a function space V.")
     if mesh.geometry.dim != mesh.topology.dim:
         raise InvalidInput(
             f"The mesh has cells of dimension {mesh.topology.dim} in {mesh.geometry.dim} dimensions; coordinates of surfaces "

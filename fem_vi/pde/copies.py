@@ -10,31 +10,61 @@ from dolfinx import fem
 
 from fem_vi.errors import InvalidInput
 from fem_vi.pde.coordinates import CoordinateInput, Coordinates, check_shape_derivative
-from fem_vi.pde.inputs import ConstantInput, Input, create_function_input
+from fem_vi.pde.inputs import ConstantInput, FunctionInput, Input, check_function
 
 
-def create_input(given: object, label: str) -> Input:
-    """The private copy of a Function or Constant.
+def check_symbols(form: ufl.Form, inputs: Sequence[object], *, besides: Sequence[object] = ()) -> None:
+    """Refuse inputs, and other symbols of a form, that cannot be copied. Not collective.
 
     Args:
-        given: `dolfinx.fem.Function` or `dolfinx.fem.Constant`, real, double precision; or the `coordinates` of the mesh.
-        label: How error messages call it.
+        form: UFL form.
+        inputs: The caller's Functions and Constants that vary.
+        besides: What needs no copy.
 
     Raises:
-        InvalidInput: For anything else.
+        InvalidInput: Where one is of the wrong kind, not real or not of double precision, or an input is listed twice.
+        UnsupportedForm: Where the coordinates of the mesh are an input, and the form is not differentiated rightly for them.
     """
-    if isinstance(given, Coordinates):
-        return CoordinateInput(given, label)
-    if isinstance(given, fem.Function):
-        return create_function_input(given, label)
-    if isinstance(given, fem.Constant):
+    for position, given in enumerate(inputs):
+        if any(given is other for other in inputs[:position]):
+            raise InvalidInput(f"inputs[{position}] is listed twice.")
+        _check_symbol(given, label_of(position, given))
+    if any(isinstance(given, Coordinates) for given in inputs):
+        check_shape_derivative(form)
+    for symbol in _others(form, [*inputs, *besides]):
+        _check_symbol(symbol, _name(symbol))
+
+
+def _check_symbol(given: object, label: str) -> None:
+    if isinstance(given, fem.Function) and not isinstance(given, Coordinates):
+        check_function(label, given)
+    elif isinstance(given, fem.Constant):
         if np.iscomplexobj(given.value):
             raise InvalidInput(f"{label} is complex; fem_vi works with real numbers.")
-        return ConstantInput(given, label)
-    raise InvalidInput(
-        f"{label} is a {type(given).__name__}; it must be a dolfinx.fem.Function or dolfinx.fem.Constant that occurs in the form "
-        "or is the value of a Dirichlet condition."
-    )
+    elif not isinstance(given, Coordinates):
+        raise InvalidInput(
+            f"{label} is a {type(given).__name__}; it must be a dolfinx.fem.Function or dolfinx.fem.Constant that occurs in "
+            "the form or is the value of a Dirichlet condition."
+        )
+
+
+def label_of(position: int, given: object) -> str:
+    """How errors call an input."""
+    return f"inputs[{position}] ({given.name})" if isinstance(given, fem.Function) else f"inputs[{position}]"
+
+
+def _name(symbol: object) -> str:
+    return f"the {type(symbol).__name__} '{symbol}' of the form"
+
+
+def _others(form: ufl.Form, known: Sequence[object]) -> list[object]:
+    return [symbol for symbol in (*form.coefficients(), *form.constants()) if not any(symbol is k for k in known)]
+
+
+def _copy(given: object, label: str) -> Input:
+    if isinstance(given, Coordinates):
+        return CoordinateInput(given, label)
+    return FunctionInput(given, label) if isinstance(given, fem.Function) else ConstantInput(given, label)
 
 
 def check_list(name: str, given: object) -> None:
@@ -58,19 +88,7 @@ def create_copies(form: ufl.Form, inputs: Sequence[object], *, besides: Sequence
     Returns:
         Copies of the inputs, in order, and of the other coefficients and Constants of the form.
 
-    Raises:
-        InvalidInput: Where an input is of the wrong kind or listed twice.
-        UnsupportedForm: Where the coordinates of the mesh are an input, and the form is not differentiated rightly for them.
+    MPI: Collective, so that `check_symbols` comes first.
     """
-    for position, given in enumerate(inputs):
-        if any(given is other for other in inputs[:position]):
-            raise InvalidInput(f"inputs[{position}] is listed twice.")
-    varying = [
-        create_input(given, f"inputs[{k}] ({given.name})" if isinstance(given, fem.Function) else f"inputs[{k}]")
-        for k, given in enumerate(inputs)
-    ]
-    if any(isinstance(given, CoordinateInput) for given in varying):
-        check_shape_derivative(form)
-    known = [*inputs, *besides]
-    others = [symbol for symbol in (*form.coefficients(), *form.constants()) if not any(symbol is k for k in known)]
-    return varying, [create_input(symbol, f"the {type(symbol).__name__} '{symbol}' of the form") for symbol in others]
+    varying = [_copy(given, label_of(k, given)) for k, given in enumerate(inputs)]
+    return varying, [_copy(symbol, _name(symbol)) for symbol in _others(form, [*inputs, *besides])]

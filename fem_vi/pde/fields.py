@@ -9,8 +9,8 @@ import ufl
 from numpy.typing import NDArray
 
 from fem_vi.errors import InvalidInput
-from fem_vi.parallel import raise_on_all
 from fem_vi.pde import _compat
+from fem_vi.pde.agree import agreed, check_space
 from fem_vi.pde.assemble import VectorForm
 from fem_vi.pde.inputs import Array, local_size
 
@@ -23,7 +23,8 @@ def check_vertex_space(V: Any) -> None:
 
     MPI: Collective.
     """
-    with raise_on_all(V.mesh.comm):
+    with agreed(V):
+        check_space("The prior's V", V)
         element = V.ufl_element()
         name = getattr(element.element_family, "name", "") if hasattr(element, "element_family") else ""
         if name != "P" or element.degree != 1 or element.discontinuous or element.block_size != 1 or V.value_shape != ():

@@ -137,8 +137,11 @@ def check_unchanged(given: Input) -> None:
         raise InvalidInput(f"{given.label} has changed since the operator was built. What varies must be listed in inputs=[...].")
 
 
-def create_function_input(given: fem.Function, label: str) -> FunctionInput:
-    """The private copy of a Function; see `create_input`."""
+def check_function(label: str, given: fem.Function) -> None:
+    """Refuse Functions of single precision or complex numbers. Not collective.
+
+    Raises:
+        InvalidInput: Naming the type.
+    """
     if given.x.array.dtype != np.float64:
         raise InvalidInput(f"{label} has dtype {given.x.array.dtype}; fem_vi works in float64 with real numbers.")
-    return FunctionInput(given, label)

@@ -18,6 +18,7 @@ from dolfinx.mesh import GhostMode, MeshTags
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from fem_vi.arguments import instance
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import agree_on_error
 from fem_vi.pde import _compat, _compat_mesh, mesh_cells
@@ -122,9 +123,11 @@ def read_mesh(path: str | PathLike[str], comm: MPI.Comm, *, ghost_mode: GhostMod
 
     MPI: Collective.
     """
+    instance("read_mesh: comm", comm, MPI.Comm, way_out="MPI.COMM_WORLD, for example.")
     checked, error = None, None
     if comm.rank == 0:
         try:
+            instance("read_mesh: path", path, str, PathLike)
             checked = check_content(read_content(Path(path)))
         except Exception as caught:
             error = caught

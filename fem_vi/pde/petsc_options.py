@@ -6,9 +6,11 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
+from types import NoneType
 
 from petsc4py import PETSc
 
+from fem_vi.arguments import instance
 from fem_vi.pde import _compat
 
 Option = str | int | float | bool | None
@@ -16,6 +18,17 @@ WORKSPACE = "mat_mumps_icntl_14"
 """By how many percent MUMPS's workspace exceeds what its analysis foresees."""
 MOST_WORKSPACE = 1000
 _counter = itertools.count()
+
+
+def check_options(given: object) -> None:
+    """Refuse what is no dict of options. Not collective.
+
+    Raises:
+        InvalidInput: Naming it.
+    """
+    instance(
+        "petsc_options", given, Mapping, NoneType, way_out='Options go without prefix, {"ksp_type": "cg", "pc_type": "hypre"}.'
+    )
 
 
 def complete_options(given: Mapping[str, Option]) -> dict[str, Option]:

@@ -57,6 +57,8 @@ def find_points(mesh: Any, points: ArrayLike, outside: Outside | None) -> tuple[
 
 
 def _check_points(points: ArrayLike, gdim: int) -> Array:
+    if np.iscomplexobj(points):
+        raise InvalidInput("points are complex; they must be real coordinates in mesh units.")
     try:
         array = np.atleast_2d(np.asarray(points, dtype=np.float64))
     except (TypeError, ValueError) as error:

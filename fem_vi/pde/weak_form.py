@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import ufl
 from dolfinx import fem
@@ -10,10 +11,14 @@ from ufl import classes
 from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.algorithms.analysis import extract_type
 
+from fem_vi.arguments import instance
 from fem_vi.errors import InvalidInput, UnsupportedForm
+from fem_vi.parallel import raise_on_all
+from fem_vi.pde.agree import agreed
 from fem_vi.pde.boundary import Boundary
-from fem_vi.pde.copies import check_list, create_copies
-from fem_vi.pde.inputs import FunctionInput, Input, create_function_input
+from fem_vi.pde.coordinates import Coordinates
+from fem_vi.pde.copies import check_list, check_symbols, create_copies, label_of
+from fem_vi.pde.inputs import FunctionInput, Input, check_function, create_function_input
 from fem_vi.pde.quadrature import check_rules_of_derivatives, pin_quadrature
 
 
@@ -59,15 +64,19 @@ class WeakForm:
         inputs: Sequence[fem.Function | fem.Constant],
         bcs: Sequence[fem.DirichletBC] = (),
     ) -> None:
-        test = _test_function(F, state)
-        check_list("inputs", inputs)
-        check_list("bcs", bcs)
+        with agreed(state, F, inputs):
+            test = _test_function(F, state)
+            check_list("inputs", inputs)
+            check_list("bcs", bcs)
+            check_function("the state", state)
+            if any(given is state for given in inputs):
+                raise InvalidInput("The state is listed among the inputs; it is what Solve returns.")
+            check_symbols(F, inputs, besides=[state])
+            _check_occurrence(F, inputs, bcs)
         self._given = F, state, tuple(inputs), tuple(bcs)
         self.space = state.function_space
         self.comm = self.space.mesh.comm
-        self.unknown = create_function_input(state, "the state")
-        if any(given is state for given in inputs):
-            raise InvalidInput("The state is listed among the inputs; it is what Solve returns.")
+        self.unknown = FunctionInput(state, "the state")
         varying, self._fixed = create_copies(F, inputs, besides=[state])
         self.inputs = tuple(varying)
         self.test = ufl.TestFunction(self.space)
@@ -78,7 +87,8 @@ class WeakForm:
         varying_functions = [given.symbol for given in (self.unknown, *self.inputs) if isinstance(given, FunctionInput)]
         check_rules_of_derivatives(self.form, varying_functions)
         self.boundary = Boundary(self.space, bcs, self.inputs)
-        self._check_occurrence()
+        with raise_on_all(self.comm):
+            self._check_occurrence()
         self.initial_guess = self.state.x.array.copy()
         self.jacobian: ufl.Form = expand_derivatives(ufl.derivative(self.form, self.state, self.trial))
         sees_state = any(self.state is c for c in self.jacobian.coefficients())
@@ -132,10 +142,30 @@ class WeakForm:
             )
 
 
+def check_weak_form(name: str, pde: object) -> None:
+    """Refuse what is no weak form, such as the UFL form that one is made of. Not collective.
+
+    Raises:
+        InvalidInput: Naming it.
+    """
+    instance(name, pde, WeakForm, way_out="Write the PDE as fem_vi.WeakForm(F, state=u, inputs=[...]) first.")
+
+
 def is_switched_by(form: ufl.Form, symbol: object) -> bool:
     """Whether a Function stands in a condition: the form is then not affine in it, though its derivative may say so."""
     conditions = extract_type(form, classes.Condition)
     return any(symbol in extract_coefficients(condition) for condition in conditions)
+
+
+def _check_occurrence(F: ufl.Form, inputs: Sequence[Any], bcs: Sequence[object]) -> None:
+    """Refuse inputs that occur nowhere before anything is copied, which all ranks do together."""
+    symbols = [*F.coefficients(), *F.constants(), *(bc.g for bc in bcs if isinstance(bc, fem.DirichletBC))]
+    for position, given in enumerate(inputs):
+        known = isinstance(given, Coordinates) or any(symbol is given or symbol is given._cpp_object for symbol in symbols)
+        if not known:
+            raise InvalidInput(
+                f"{label_of(position, given)} occurs neither in the form nor as the value of a Dirichlet condition."
+            )
 
 
 def _test_function(F: object, state: object) -> ufl.Argument:

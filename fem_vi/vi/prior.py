@@ -10,6 +10,7 @@ from mpi4py import MPI
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from fem_vi.arguments import described
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import shared_seed
 from fem_vi.vi.real_tensor import real_tensor
@@ -89,8 +90,9 @@ def check_prior(prior: object) -> None:
     Raises:
         InvalidInput: Naming it.
     """
-    if not hasattr(prior, "white_noise"):  # isinstance would evaluate the protocol's properties, some of them costly
-        raise InvalidInput(f"prior is {prior!r:.80}; it must be a prior such as MaternField or GaussianVector.")
+    # isinstance would evaluate the protocol's properties, some of them costly
+    if isinstance(prior, type) or not hasattr(prior, "white_noise"):
+        raise InvalidInput(f"prior is {described(prior)}; it must be a prior such as MaternField or GaussianVector.")
 
 
 class GaussianVector(Distribution):

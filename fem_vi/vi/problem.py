@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fem_vi.arguments import instance
-from fem_vi.bridge.layout import all_sum
+from fem_vi.bridge.layout import all_sum, check_last_axis
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all
 from fem_vi.vi.predicted import num_predicted
@@ -123,8 +123,7 @@ class InverseProblem:
         """
         n_owned = self.prior.event_shape[0]
         with raise_on_all(self.prior.comm):
-            if m.ndim == 0 or m.shape[-1] != n_owned:
-                raise InvalidInput(f"m has shape {tuple(m.shape)}; its last axis must have the prior's {n_owned} entries.")
+            check_last_axis("m", m, n_owned, "those of the prior.")
         return self._predict(m, self.forward, self.likelihood, len(self.y))
 
     def _predict(self, m: Tensor, forward: Callable[[Tensor], Tensor], likelihood: Likelihood, num_data: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -102,6 +103,10 @@ def single_precision(s: Setting) -> fem_vi.WeakForm:
     V = fem.functionspace(mesh.create_unit_square(COMM, 3, 3, dtype=np.float32), ("Lagrange", 1))
     u = fem.Function(V, dtype=np.float32)
     return fem_vi.WeakForm(u * ufl.TestFunction(V) * ufl.dx, state=u, inputs=[])
+
+
+def problem(s: Setting) -> fem_vi.InverseProblem:
+    return fem_vi.InverseProblem(s.prior, s.observe, fem_vi.GaussianNoise(1.0), number([0.0]))
 
 
 def outside(s: Setting) -> fem_vi.PointObservation:
@@ -207,6 +212,78 @@ WAYS: dict[str, tuple[Call, str] | tuple[Call, str, type[Exception]]] = {
     "distribute too short": (lambda s: fem_vi.distribute(torch.zeros(3), s.V), r"x has shape \(3,\).*20 entries"),
     "distribute a number": (lambda s: fem_vi.distribute(number(), s.V), r"x has shape \(\)"),
     "gather too long": (lambda s: fem_vi.gather(torch.zeros(s.n + 1), s.V), "gather: x has shape"),
+    # objects of other kinds
+    "solver of a form": (lambda s: fem_vi.Solve(s.F), r"Solve: pde is a Form; .* WeakForm.*fem_vi\.WeakForm\(F, state=u"),
+    "solver of the class": (lambda s: fem_vi.Solve(fem_vi.WeakForm), "pde is the class WeakForm"),
+    "residual of a form": (lambda s: fem_vi.Residual(s.F), "Residual: pde is a Form"),
+    "time steps of a form": (lambda s: fem_vi.Evolve(s.F, previous=s.m, num_steps=2), "Evolve: pde is a Form"),
+    "solver with a list of options": (
+        lambda s: fem_vi.Solve(s.pde, petsc_options=["lu"]),
+        r"petsc_options is \['lu'\].*ksp_type",
+    ),
+    "residual with a name of options": (lambda s: fem_vi.Residual(s.pde, petsc_options="lu"), "petsc_options is 'lu'"),
+    "budget in words": (lambda s: fem_vi.Solve(s.pde, factor_budget="1 GB"), "factor_budget is '1 GB'"),
+    "input None": (lambda s: weak_form(s, inputs=[None]), r"inputs\[0\] is a NoneType"),
+    "functional of None": (lambda s: fem_vi.Functional(s.m * ufl.dx, [None]), r"inputs\[0\] does not occur"),
+    "functional, arguments swapped": (lambda s: fem_vi.Functional([s.m], s.m * ufl.dx), "form is a list", UnsupportedForm),
+    "functional of no integral": (lambda s: fem_vi.Functional(ufl.Form([]), []), "no integrals", UnsupportedForm),
+    "points of a mesh": (
+        lambda s: fem_vi.PointObservation(s.V.mesh, [[0.5, 0.5]]),
+        "V is a Mesh; .*FunctionSpace.*functionspace",
+    ),
+    "points of a Function": (lambda s: fem_vi.PointObservation(s.u, [[0.5, 0.5]]), "V is a Function;"),
+    "complex points": (lambda s: fem_vi.PointObservation(s.V, np.array([[0.5j, 0.5]])), "points are complex"),
+    "observed complex field": (lambda s: s.observe(s.field() * 1j), "u is torch.complex128.*real"),
+    "expression None": (lambda s: fem_vi.ExpressionObservation(None, [[0.5, 0.5]], [s.u]), "expr is a NoneType", UnsupportedForm),
+    "parts of a mesh": (lambda s: fem_vi.Split(s.V.mesh), "Split: W is a Mesh"),
+    "tensor of a space": (lambda s: fem_vi.to_tensor(s.V), "function is a FunctionSpace; .*Function"),
+    "Function of an array": (lambda s: fem_vi.to_function(s.field().numpy(), s.V), "x is a ndarray"),
+    "Function, arguments swapped": (lambda s: fem_vi.to_function(s.V, s.field()), "V is a Tensor"),
+    "Function of complex numbers": (lambda s: fem_vi.to_function(s.field() * 1j, s.V), "x is torch.complex128"),
+    "prior on a mesh": (lambda s: fem_vi.MaternField(s.V.mesh, std=1.0, length=1.0), "V is a Mesh"),
+    "deviation in words": (lambda s: fem_vi.MaternField(s.V, std="1", length=1.0), "std is '1'"),
+    "complex mean": (lambda s: fem_vi.MaternField(s.V, std=1.0, length=1.0, mean=s.field() * 1j), "mean is torch.complex128"),
+    "metric in words": (lambda s: fem_vi.MaternField(s.V, std=1.0, length=1.0, metric="a"), "metric is 'a'.*2 x 2"),
+    "one of two lengths": (lambda s: fem_vi.MaternField(s.V, std=1.0, length=1.0, lengths=3.0), r"lengths is 3\.0"),
+    "density of complex numbers": (lambda s: s.prior.log_prob(s.field() * 1j), "m is torch.complex128"),
+    "density of a Function": (lambda s: s.prior.log_prob(s.m), "m is a Function; it must be a torch tensor"),
+    "noise None": (lambda s: s.prior.unwhiten(None), "xi is None"),
+    "modes on a mesh": (lambda s: fem_vi.KarhunenLoeveField(s.V.mesh, s.prior), "V is a Mesh"),
+    "noise in words": (lambda s: fem_vi.GaussianNoise("0.1"), "std is '0.1'"),
+    "problem, arguments swapped": (
+        lambda s: fem_vi.InverseProblem(s.observe, s.prior, fem_vi.GaussianNoise(1.0), number([0.0])),
+        "prior is a PointObservation.*MaternField",
+    ),
+    "problem with the prior's class": (
+        lambda s: fem_vi.InverseProblem(fem_vi.MaternField, s.observe, fem_vi.GaussianNoise(1.0), number([0.0])),
+        "prior is the class MaternField",
+    ),
+    "problem with the noise's class": (
+        lambda s: fem_vi.InverseProblem(s.prior, s.observe, fem_vi.GaussianNoise, number([0.0])),
+        "likelihood is the class GaussianNoise",
+    ),
+    "family on a space": (lambda s: fem_vi.LowRankNormal(s.V, rank=2), "prior is a FunctionSpace"),
+    "prediction of nothing": (lambda s: problem(s).predict(None), "m is None"),
+    "fit of a distribution": (
+        lambda s: fem_vi.fit(problem(s), fem_vi.MeanFieldNormal(s.prior)(), fem_vi.ELBO(samples=2), steps=1),
+        "posterior is a .*Module",
+    ),
+    "fit, arguments swapped": (
+        lambda s: fem_vi.fit(fem_vi.MeanFieldNormal(s.prior), problem(s), fem_vi.ELBO(samples=2), steps=1),
+        "problem is a MeanFieldNormal; .*InverseProblem",
+    ),
+    "sum without ranks": (lambda s: fem_vi.all_sum(s.field(), s.V.mesh), "all_sum: comm is a Mesh; .*mesh.comm"),
+    "sum of a number": (lambda s: fem_vi.all_sum(1.0, COMM), r"all_sum: x is 1\.0"),
+    "distribute over a mesh": (lambda s: fem_vi.distribute(torch.zeros(20), s.V.mesh), "distribute: V is a Mesh"),
+    "distribute an array": (lambda s: fem_vi.distribute(np.zeros(20), s.V), "distribute: x is a ndarray"),
+    "gather, arguments swapped": (lambda s: fem_vi.gather(s.V, s.field()), "gather: V is a Tensor"),
+    "coordinates of a space": (lambda s: fem_vi.coordinates(s.V), r"mesh is a FunctionSpace; .*V\.mesh"),
+    "mesh without ranks": (lambda s: fem_vi.read_mesh("a.msh", None), "read_mesh: comm is None"),
+    "mesh of a mesh": (lambda s: fem_vi.read_mesh(s.V.mesh, COMM), "read_mesh: path is a Mesh"),
+    "grid in words": (lambda s: fem_vi.ProcessGrid.create(COMM, "2"), "mesh_ranks is '2'"),
+    "residual of no file": (lambda s: fem_vi.load_residual(None), "load_residual: path is None"),
+    "written fields without names": (lambda s: fem_vi.write_fields("fields.xdmf", s.V, [s.field()]), "fields is .*Name them"),
+    "written complex field": (lambda s: fem_vi.write_fields("fields.xdmf", s.V, {"m": s.field() * 1j}), "m is torch.complex128"),
     # files
     "file of another kind": (lambda s: fem_vi.write_fields("fields.vtu", s.V, {"m": s.field()}), r"\.xdmf"),
     "written field too short": (lambda s: fem_vi.write_fields("fields.xdmf", s.V, {"m": s.field()[1:]}), "m has shape"),
@@ -261,6 +338,20 @@ ON_ONE_RANK: dict[str, tuple[Call, str]] = {
     "deviation": (lambda s: fem_vi.MaternField(s.V, std=-1.0 if LAST else 1.0, length=1.0), "std is"),
     "distribute": (lambda s: fem_vi.distribute(torch.zeros(3 if LAST else 20), s.V), "x has shape"),
     "gather": (lambda s: fem_vi.gather(s.field()[1 if LAST else 0 :], s.V), "x has shape"),
+    "form": (lambda s: fem_vi.Solve(s.F if LAST else s.pde), "pde is a Form"),
+    "options": (lambda s: fem_vi.Residual(s.pde, petsc_options=["lu"] if LAST else None), "petsc_options is"),
+    "input": (lambda s: weak_form(s, inputs=[None if LAST else s.m]), r"inputs\[0\] is a NoneType"),
+    "state": (lambda s: weak_form(s, state=None if LAST else s.u), "state is a NoneType"),
+    "input that occurs nowhere": (lambda s: weak_form(s, inputs=[s.data if LAST else s.m]), "occurs neither"),
+    "list": (lambda s: fem_vi.Functional(s.m * ufl.dx, s.m if LAST else [s.m]), "inputs.*list"),
+    "input of a functional": (lambda s: fem_vi.Functional(s.m * ufl.dx, [s.u if LAST else s.m]), "does not occur"),
+    "input of an expression": (
+        lambda s: fem_vi.ExpressionObservation(s.u * s.m, [[0.5, 0.5]], [None if LAST else s.u]),
+        r"inputs\[0\] does not occur",
+    ),
+    "previous": (lambda s: fem_vi.Evolve(s.pde, previous=s.m, num_steps="2" if LAST else 2), "num_steps is '2'"),
+    "complex": (lambda s: s.observe(s.field() * (1j if LAST else 1.0)), "u is torch.complex128"),
+    "noise": (lambda s: s.prior.unwhiten(None if LAST else s.field()), "xi is None"),
 }
 
 
@@ -335,6 +426,17 @@ def test_inputs_and_state_may_change_freely() -> None:
     before = s.solve(s.field(), number(), VECTOR)
     s.m.x.array[:], s.u.x.array[:], s.c.value, s.b.value[:] = 5.0, 7.0, 9.0, 11.0
     assert torch.allclose(s.solve(s.field(), number(), VECTOR), before, rtol=1e-14)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("length", "metric", "warns"), [(0.3, None, 0), (0.2, None, 1), (0.3, np.diag([1.0, 0.25]), 1)])
+def test_a_length_below_the_distance_of_nodes_is_remarked(length: float, metric: Any, warns: int) -> None:
+    """20 nodes on the unit square are 0.22 apart."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fem_vi.MaternField(setting().V, std=1.0, length=length, metric=metric)
+    said = [str(each.message) for each in caught if "Neighbouring nodes are all but independent" in str(each.message)]
+    assert len(said) == (warns if COMM.rank == 0 else 0)
 
 
 def test_a_long_list_of_points_outside_is_cut() -> None:
