@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class Residual:
         visited, by DOLFINx whatever the kernel. Whether the rows are given is the same on all ranks.
 
     Raises:
-        InvalidInput: Where `kernel` is no kernel. See also `BatchedOperator.__call__`.
+        InvalidInput: Where an argument is of the wrong type. See also `BatchedOperator.__call__`.
         UnsupportedForm: Where the kernel cannot take the form, naming one that can.
         NotFinite: On every rank, where the form has no finite value, such as the logarithm of a negative field.
 
@@ -68,6 +69,8 @@ class Residual:
     """
 
     def __init__(self, pde: WeakForm, *, kernel: Kernel = _ASSEMBLED, petsc_options: Mapping[str, Option] | None = None) -> None:
+        instance("pde", pde, WeakForm)
+        instance("petsc_options", petsc_options, Mapping, NoneType)
         if isinstance(kernel, type) or not hasattr(kernel, "create"):
             raise InvalidInput(f"kernel is {kernel!r}; it must be one of fem_vi's kernels, such as fem_vi.AssembledKernel().")
         self.pde = pde
@@ -142,6 +145,8 @@ class Residual:
 
         MPI: Collective.
         """
+        with raise_on_all(self.pde.comm):
+            instance("precondition: reference", reference, Tensor, Sequence)
         given = (reference,) if isinstance(reference, Tensor) else tuple(reference)
         return PreconditionedResidual(self, self.pde, reference=given, state=state, petsc_options=self._petsc_options)
 

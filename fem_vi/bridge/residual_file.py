@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fem_vi.arguments import instance
 from fem_vi.bridge.torch_residual import TorchResidual, check_device
 from fem_vi.errors import InvalidInput, ResidualFileError, RunFolderError
 from fem_vi.output import write_atomic
@@ -48,6 +49,7 @@ def export_residual(residual: Residual | TorchResidual, path: str | os.PathLike[
     Example:
         >>> fem_vi.export_residual(fem_vi.Residual(pde, kernel=fem_vi.TorchKernel()), "residual.safetensors")
     """
+    instance("export_residual: path", path, str, os.PathLike)
     module = residual if isinstance(residual, TorchResidual) else getattr(getattr(residual, "function", None), "module", None)
     if not isinstance(module, TorchResidual):
         raise InvalidInput(
@@ -83,6 +85,7 @@ def load_residual(path: str | os.PathLike[str], *, device: torch.device | str = 
         >>> residual = fem_vi.load_residual("residual.safetensors", device="cuda")
         >>> r = residual(u, m)
     """
+    instance("load_residual: path", path, str, os.PathLike)
     check_device("load_residual", device)
     try:
         with safetensors.safe_open(Path(path), framework="pt") as file:

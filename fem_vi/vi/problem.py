@@ -84,6 +84,8 @@ class InverseProblem:
         with raise_on_all(prior.comm):
             instance("forward", forward, Callable)  # type: ignore[arg-type]
             instance("likelihood", likelihood, Likelihood)
+            if isinstance(likelihood, type):
+                raise InvalidInput(f"likelihood is the class {likelihood.__name__}; make one of it, such as GaussianNoise(0.1).")
         self.prior = prior
         self.forward = forward
         self.likelihood = likelihood
@@ -107,6 +109,9 @@ class InverseProblem:
         """
         n_owned = self.prior.event_shape[0]
         with raise_on_all(self.prior.comm):
+            if not isinstance(m, Tensor) or not m.is_floating_point():
+                kind = m.dtype if isinstance(m, Tensor) else type(m).__name__
+                raise InvalidInput(f"m is {kind}; it must be a torch tensor of floating-point numbers.")
             if m.ndim == 0 or m.shape[-1] != n_owned:
                 raise InvalidInput(f"m has shape {tuple(m.shape)}; its last axis must have the prior's {n_owned} entries.")
         return self._predict(m, self.forward, self.likelihood, len(self.y))

@@ -53,7 +53,9 @@ def everything(terms: Terms, cell: str, chosen: tuple[int, ...], kernel: Any) ->
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["assembled", "compiled", "torch"])
 @pytest.mark.parametrize(
-    ("terms", "cell"), [(reduced, "quadrilateral"), (vertices, "triangle"), (three, "triangle")], ids=["reduced", "vertices", "three"]
+    ("terms", "cell"),
+    [(reduced, "quadrilateral"), (vertices, "triangle"), (three, "triangle")],
+    ids=["reduced", "vertices", "three"],
 )
 def test_a_sum_of_integrals_is_the_sum_of_its_terms(terms: Terms, cell: str, kernel: Any) -> None:
     count = 3 if terms is three else 2
@@ -80,7 +82,7 @@ def weak(form: Any, u: Any, m: Any) -> fem_vi.WeakForm:
 def test_single_points_on_facets_beside_others_are_refused() -> None:
     V = fem.functionspace(mesh.create_unit_square(COMM, 2, 2), ("Lagrange", 2))
     u, m, v = fem.Function(V), fem.Function(V), ufl.TestFunction(V)
-    with pytest.raises(fem_vi.UnsupportedForm, match="one point.*same degree, or each at least 2"):
+    with pytest.raises(fem_vi.UnsupportedForm, match=r"one point.*same degree, or each at least 2"):
         weak(u * m * v * ds(degree=1) + u * m * v * ds(degree=4), u, m)
     weak(u * m * v * ds(degree=1), u, m)  # alone it is what it is
 
@@ -116,7 +118,7 @@ def test_elements_on_subdivided_cells_do_not_meet_others() -> None:
     V, P = fem.functionspace(msh, element), fem.functionspace(msh, ("Lagrange", 1))
     u, v, m = fem.Function(V), ufl.TestFunction(V), fem.Function(P, name="m")
     form = ufl.exp(m) * ufl.inner(ufl.grad(u), ufl.grad(v)) * dx
-    with pytest.raises(fem_vi.UnsupportedForm, match="'m' has the element.*iso"):
+    with pytest.raises(fem_vi.UnsupportedForm, match=r"'m' has the element.*iso"):
         weak(form, u, m)
     with pytest.raises(fem_vi.UnsupportedForm, match="iso"):
         fem_vi.Functional(u**2 * dx, [u])
