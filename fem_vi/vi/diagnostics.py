@@ -25,6 +25,7 @@ from fem_vi.vi.predictive import check_predictions, predictive_verdict
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.randomness import private_generator
 
+UNSEEN = "Draws see no mode that none of them comes near: where there may be another, compare the log evidence with smc(problem)."
 EQUAL_WEIGHTS = 0.02
 """Mean log weight less log mean weight, in nats, below which k-hat says nothing: the weights are all but equal."""
 
@@ -96,6 +97,9 @@ def diagnose(problem: InverseProblem, posterior: nn.Module, *, samples: int = 10
 
         log w = log p(y, m) - log q(m),  m ~ q
 
+    Weights are those of draws from the posterior that is judged. A mode of the exact one that no draw comes near, half of the
+    mass perhaps, leaves no trace in any of the numbers but the log evidence, which is too small then: that of `smc` shows it.
+
     Args:
         problem: Prior, forward map, likelihood, data.
         posterior: Module whose `forward()` is a distribution.
@@ -156,7 +160,10 @@ def _correction(
 def _verdict(khat: float, limit: float, gap: float, close: bool) -> str:
     """What a reader who knows neither number should do."""
     if close:
-        return f"The posterior is close to the exact one: importance weights are all but equal, {max(gap, 0.0):.2g} nats from it."
+        return (
+            f"Where its draws go, the posterior is close to the exact one: importance weights are all but equal, "
+            f"{max(gap, 0.0):.2g} nats from it. {UNSEEN}"
+        )
     if not khat < limit:
         return (
             f"Do not trust this posterior: k-hat {khat:.2f} is above {limit:.2f}, so it misses part of where the exact one has "
@@ -164,4 +171,4 @@ def _verdict(khat: float, limit: float, gap: float, close: bool) -> str:
         )
     if khat > 0.5:
         return f"Usable with care: k-hat {khat:.2f}. Means are good after importance weighting; check spreads first."
-    return f"The posterior is close to the exact one: k-hat {khat:.2f}."
+    return f"Where its draws go, the posterior is close to the exact one: k-hat {khat:.2f}. {UNSEEN}"
