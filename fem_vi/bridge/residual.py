@@ -56,7 +56,7 @@ class Residual:
         patches, in the order of `find_rows`.
 
     Raises:
-        InvalidInput: Where `kernel` is no kernel. See also `BatchedOperator.__call__`.
+        InvalidInput: Where an argument is of the wrong type. See also `BatchedOperator.__call__`.
         UnsupportedForm: Where the kernel cannot take the form, naming one that can.
         NotFinite: On every rank, where the form has no finite value, such as the logarithm of a negative field.
 
@@ -207,6 +207,8 @@ class Residual:
 
         MPI: Collective.
         """
+        with raise_on_all(self.pde.comm):
+            instance("precondition: reference", reference, Tensor, Sequence)
         given = (reference,) if isinstance(reference, Tensor) else tuple(reference)
         return PreconditionedResidual(self, self.pde, reference=given, state=state, petsc_options=self._petsc_options)
 

@@ -49,6 +49,7 @@ def export_residual(residual: Residual | TorchResidual, path: str | os.PathLike[
     Example:
         >>> fem_vi.export_residual(fem_vi.Residual(pde, kernel=fem_vi.TorchKernel()), "residual.safetensors")
     """
+    instance("export_residual: path", path, str, os.PathLike)
     module = residual if isinstance(residual, TorchResidual) else getattr(getattr(residual, "function", None), "module", None)
     if not isinstance(module, TorchResidual):
         raise InvalidInput(
@@ -84,6 +85,7 @@ def load_residual(path: str | os.PathLike[str], *, device: torch.device | str = 
         >>> residual = fem_vi.load_residual("residual.safetensors", device="cuda")
         >>> r = residual(u, m)
     """
+    instance("load_residual: path", path, str, os.PathLike)
     check_device("load_residual", device)
     try:
         instance("load_residual: path", path, str, os.PathLike)

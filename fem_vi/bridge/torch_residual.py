@@ -147,7 +147,7 @@ def check_device(name: str, device: torch.device | str) -> None:
     """
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidInput(
             f"{name}: device is {device!r}, which torch cannot use here: {reason} device='cpu' always works."

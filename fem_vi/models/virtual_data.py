@@ -81,9 +81,7 @@ class VirtualELBO:
         MPI: Collective.
         """
         if getattr(model, "problem", None) is not problem:
-            raise InvalidInput(
-                "VirtualELBO is fitted to a model's own virtual data: fit(model.problem, model, VirtualELBO())."
-            )
+            raise InvalidInput("VirtualELBO is fitted to a model's own virtual data: fit(model.problem, model, VirtualELBO()).")
         z = problem.prior.rsample(torch.Size([self.samples])).detach()
         c, log_q = draw_coordinates(model, model.whitened(z), path=isinstance(self.gradient, PathDerivative))
         u = model.state.lift(c, *model.inputs(z))

@@ -138,8 +138,8 @@ def _cached(key: str, source: Callable[[], str]) -> Path:
                 os.replace(made, path)
         except OSError as error:
             raise CompilerFailed(
-                f"{folder} cannot be written: {error.strerror}. Compiled forms are kept there; set another cache_dir in DOLFINx's "
-                "dolfinx_jit_options.json, or XDG_CACHE_HOME."
+                f"{folder} cannot be written: {error.strerror}. Compiled forms are kept there; set another cache_dir in "
+                "DOLFINx's dolfinx_jit_options.json, or XDG_CACHE_HOME."
             ) from error
     return path
 

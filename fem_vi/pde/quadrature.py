@@ -89,8 +89,9 @@ def _without_single_points(form: ufl.Form, chosen: Sequence[bool]) -> ufl.Form:
     rules = [_rule(integral) for integral in form.integrals()]
     found: dict[Hashable, set[bytes]] = {}
     for integral, rule in zip(form.integrals(), rules, strict=True):
-        for place in _places(integral) if rule is not None else ():
-            found.setdefault(place, set()).add(rule[0].tobytes() + rule[1].tobytes())
+        if rule is not None:
+            for place in _places(integral):
+                found.setdefault(place, set()).add(rule[0].tobytes() + rule[1].tobytes())
     integrals = []
     for integral, rule, own in zip(form.integrals(), rules, chosen, strict=True):
         if rule is None or all(len(found[place]) == 1 for place in _places(integral)):

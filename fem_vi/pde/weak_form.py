@@ -18,7 +18,7 @@ from fem_vi.pde.agree import agreed
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.coordinates import Coordinates
 from fem_vi.pde.copies import check_list, check_symbols, create_copies, label_of
-from fem_vi.pde.inputs import FunctionInput, Input, check_function, create_function_input
+from fem_vi.pde.inputs import FunctionInput, Input, check_function
 from fem_vi.pde.quadrature import check_rules_of_derivatives, pin_quadrature
 
 

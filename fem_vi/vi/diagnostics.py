@@ -25,6 +25,7 @@ from fem_vi.vi.predictive import check_predictions, predictive_verdict
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.randomness import private_generator
 
+UNSEEN = "Draws see no mode that none of them comes near: where there may be another, compare the log evidence with smc(problem)."
 EQUAL_WEIGHTS = 0.02
 """Mean log weight less log mean weight, in nats, below which k-hat says nothing: the weights are all but equal."""
 GOOD_KHAT = 0.5
@@ -101,7 +102,8 @@ class Diagnosis:
     def _trust(self) -> str:
         gap = max(self.log_evidence - self.elbo, 0.0)
         if self.weights_are_equal:
-            return f"The posterior is close to the exact one: importance weights are all but equal, {gap:.2g} nats from it."
+            equal = f"importance weights are all but equal, {gap:.2g} nats from it"
+            return f"Where its draws go, the posterior is close to the exact one: {equal}. {UNSEEN}"
         if not self.khat < self.khat_limit:
             return (
                 f"Do not trust this posterior: k-hat {self.khat:.2f} is above {self.khat_limit:.2f}, so it misses part of where "
@@ -116,7 +118,7 @@ class Diagnosis:
         doubts = [words for words, is_good in good.items() if not is_good]
         if doubts:
             return f"Usable with care: {', '.join(doubts)}. Take what fem_vi.corrected_moments makes of it by importance weights."
-        return f"The posterior is close to the exact one: k-hat {self.khat:.2f}."
+        return f"Where its draws go, the posterior is close to the exact one: k-hat {self.khat:.2f}. {UNSEEN}"
 
     @property
     def weights_are_equal(self) -> bool:
@@ -161,6 +163,9 @@ def diagnose(problem: InverseProblem, posterior: nn.Module, *, samples: int = 10
     """Judge a fitted posterior by its importance weights and its predictions.
 
         log w = log p(y, m) - log q(m),  m ~ q
+
+    Weights are those of draws from the posterior that is judged. A mode of the exact one that no draw comes near, half of the
+    mass perhaps, leaves no trace in any of the numbers but the log evidence, which is too small then: that of `smc` shows it.
 
     Args:
         problem: Prior, forward map, likelihood, data.

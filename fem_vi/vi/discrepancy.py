@@ -148,6 +148,7 @@ class MMD:
     def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Terms:
         """Estimate the distance; see `ELBO.__call__`. Collective."""
         prior = problem.prior
+        self.target.check(prior)
         xi = _whitened_draws("MMD", problem, posterior, self.samples)
         return _terms(mmd_squared(xi, prior.whiten(self.target.pick()), self.kernel, all_sum=prior.all_sum))
 
@@ -176,6 +177,7 @@ class SlicedWasserstein:
     def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Terms:
         """Estimate the distance; see `ELBO.__call__`. Collective."""
         prior = problem.prior
+        self.target.check(prior)
         xi = _whitened_draws("SlicedWasserstein", problem, posterior, self.samples)
         directions = prior.white_noise(torch.Size([self.directions]))
         return _terms(sliced_wasserstein(xi, prior.whiten(self.target.pick()), directions, all_sum=prior.all_sum))

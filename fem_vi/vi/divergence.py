@@ -24,11 +24,13 @@ from torch import Tensor, nn
 
 from fem_vi.arguments import instance, is_number, whole
 from fem_vi.errors import InvalidInput
+from fem_vi.parallel import raise_on_all
 from fem_vi.vi.draws import Draws, Independent, Noise, take
 from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.objective import PathDerivative, Terms, TotalDerivative, check_noise
 from fem_vi.vi.posterior.mixture import MixtureDistribution
 from fem_vi.vi.posterior.whitened import RelativeToPrior
+from fem_vi.vi.prior import FieldPrior
 from fem_vi.vi.problem import InverseProblem
 
 Gradient = PathDerivative | TotalDerivative
@@ -58,8 +60,8 @@ def check_whole(name: str, problem: InverseProblem) -> None:
     """
     if isinstance(problem, MinibatchProblem):
         raise InvalidInput(
-            f"{name} averages powers of p(y | m), which a MinibatchProblem knows by a noisy logarithm only: it would be fitted to "
-            "another posterior, a wider one. Take ELBO(), or problem.whole()."
+            f"{name} averages powers of p(y | m), which a MinibatchProblem knows by a noisy logarithm only: it would be fitted "
+            "to another posterior, a wider one. Take ELBO(), or problem.whole()."
         )
 
 
@@ -95,6 +97,20 @@ class GivenSamples:
 
     def __repr__(self) -> str:
         return f"GivenSamples({len(self.m)} samples, batch={self.batch})"
+
+    def check(self, prior: FieldPrior) -> None:
+        """Refuse samples of other unknowns than a prior's.
+
+        Raises:
+            InvalidInput: On every rank.
+
+        MPI: Collective.
+        """
+        with raise_on_all(prior.comm):
+            if self.m.shape[1:] != prior.event_shape:
+                raise InvalidInput(
+                    f"GivenSamples: m has shape {tuple(self.m.shape)}; the prior has {prior.event_shape[0]} unknowns."
+                )
 
     def pick(self) -> Tensor:
         """Samples for one evaluation, `(batch, n_owned)`, by torch's generator, which the ranks share in `fit`."""
@@ -145,6 +161,7 @@ class ForwardKL:
     def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Terms:
         """Estimate the divergence; see `ELBO.__call__`. Collective."""
         if isinstance(self.source, GivenSamples):
+            self.source.check(problem.prior)
             return _fit_to_samples(problem, posterior, self.source.pick())
         source = self.source
         return _f_divergence(problem, posterior, source, lambda r, log_r: r * log_r, torch.clone, lambda r, log_r: -r)

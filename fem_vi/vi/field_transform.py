@@ -124,6 +124,8 @@ class LevelSet:
 
     def __post_init__(self) -> None:
         positive("LevelSet: width", self.width)
+        for name, given in (("values", self.values), ("thresholds", self.thresholds)):
+            instance(f"LevelSet: {name}", given, tuple, list)
         if len(self.values) != len(self.thresholds) + 1 or not all(map(is_number, (*self.values, *self.thresholds))):
             raise InvalidInput(
                 f"LevelSet: values are {self.values} and thresholds {self.thresholds}; they must be numbers, one value more."

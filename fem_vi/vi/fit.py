@@ -122,6 +122,7 @@ def fit(
         instance("posterior", posterior, nn.Module)
         instance("objective", objective, Callable)  # type: ignore[arg-type]
         instance("path", path, str, PathLike, NoneType)
+        instance("resume", resume, bool)
         instance("optimizer", optimizer, Callable, NaturalGradient, LBFGS, NoneType)  # type: ignore[arg-type]
         if isinstance(optimizer, LBFGS) and isinstance(problem, MinibatchProblem):
             raise InvalidInput(
@@ -129,6 +130,8 @@ def fit(
                 "count for nothing. Give fit problem.whole(), or another optimizer."
             )
         instance("schedule", schedule, Callable)  # type: ignore[arg-type]
+        if isinstance(schedule, type):
+            raise InvalidInput(f"schedule is the class {schedule.__name__}; make one of it: {schedule.__name__}().")
         instance("start", start, GaussNewton, NewtonCG, PresentParameters, NoneType)
         instance("stop", stop, Callable)  # type: ignore[arg-type]
         instance("keep", keep, Last, Best)

@@ -11,8 +11,9 @@ from fem_vi.arguments import whole
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all, shared_seed
 from fem_vi.vi.multiplicative_noise import part_of
-from fem_vi.vi.prior import FieldPrior
+from fem_vi.vi.prior import FieldPrior, check_prior
 from fem_vi.vi.problem import InverseProblem, Likelihood
+from fem_vi.vi.real_tensor import real_tensor
 
 
 class MinibatchProblem(InverseProblem):
@@ -43,7 +44,9 @@ class MinibatchProblem(InverseProblem):
     def __init__(
         self, prior: FieldPrior, forward: Callable[[Tensor, Tensor], Tensor], likelihood: Likelihood, y: Tensor, *, size: int
     ) -> None:
-        everything = torch.arange(len(y))
+        check_prior(prior)
+        with raise_on_all(prior.comm):
+            everything = torch.arange(real_tensor("y", y).numel())
         super().__init__(prior, lambda m: forward(m, everything), likelihood, y)
         with raise_on_all(prior.comm):
             self.size = whole("size", size, least=1)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fem_vi.arguments import positive
+from fem_vi.arguments import is_number, positive
+from fem_vi.errors import InvalidInput
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -49,6 +50,10 @@ class Cosine:
     """
 
     final: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.final) and self.final >= 0):
+            raise InvalidInput(f"Cosine: final is {self.final!r:.80}; it must be a number, not negative.")
 
     def __call__(self, progress: float) -> float:
         """Factor on the learning rate after a fraction `progress` of the steps."""

@@ -100,6 +100,8 @@ class InverseProblem:
         with raise_on_all(prior.comm):
             instance("forward", forward, Callable)  # type: ignore[arg-type]
             instance("likelihood", likelihood, Likelihood)
+            if isinstance(likelihood, type):
+                raise InvalidInput(f"likelihood is the class {likelihood.__name__}; make one of it, such as GaussianNoise(0.1).")
         self.prior = prior
         self.forward = forward
         self.likelihood = likelihood

@@ -37,9 +37,9 @@ def three(u: Any, m: Any, v: Any) -> tuple[Any, ...]:
     return u**2 * m * v * dx(degree=0), m * u**2 * v * dx(degree=1), ufl.exp(m) * u**3 * v * dx(degree=3)
 
 
-def everything(terms: Terms, cell: str, chosen: tuple[int, ...], kernel: Any) -> list[torch.Tensor]:
+def everything(terms: Terms, cell: str, chosen: tuple[int, ...], kernel: Any, comm: MPI.Comm = COMM) -> list[torch.Tensor]:
     """The residual of some of the terms, its gradients and a tangent."""
-    V = fem.functionspace(cells(COMM, cell), ("Lagrange", 2))
+    V = fem.functionspace(cells(comm, cell), ("Lagrange", 2))
     u, m, v = fem.Function(V), fem.Function(V, name="m"), ufl.TestFunction(V)
     parts = terms(u, m, v)
     form = ufl.Form([integral for k in chosen for integral in parts[k].integrals()])
@@ -51,16 +51,32 @@ def everything(terms: Terms, cell: str, chosen: tuple[int, ...], kernel: Any) ->
     return [r.detach(), *torch.autograd.grad(r, at, w), tangent]
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=["assembled", "compiled", "torch"])
 @pytest.mark.parametrize(
-    ("terms", "cell"), [(reduced, "quadrilateral"), (vertices, "triangle"), (three, "triangle")], ids=["reduced", "vertices", "three"]
+    ("terms", "cell", "count"),
+    [(reduced, "quadrilateral", 2), (vertices, "triangle", 2), (three, "triangle", 3)],
+    ids=["reduced", "vertices", "three"],
 )
-def test_a_sum_of_integrals_is_the_sum_of_its_terms(terms: Terms, cell: str, kernel: Any) -> None:
-    count = 3 if terms is three else 2
-    whole = everything(terms, cell, tuple(range(count)), kernel)
-    parts = [everything(terms, cell, (k,), kernel) for k in range(count)]
-    for got, summands in zip(whole, zip(*parts, strict=True), strict=True):
-        assert float((got - sum(summands)).abs().max()) < 1e-13 * float(got.abs().max())
+def test_a_sum_of_integrals_is_the_sum_of_its_terms(terms: Terms, cell: str, count: int) -> None:
+    """The terms one by one by TorchKernel, which compiles nothing and gives the others' numbers for one rule."""
+    parts = [everything(terms, cell, (k,), fem_vi.TorchKernel()) for k in range(count)]
+    for kernel in KERNELS:
+        whole = everything(terms, cell, tuple(range(count)), kernel)
+        for got, summands in zip(whole, zip(*parts, strict=True), strict=True):
+            assert float((got - sum(summands)).abs().max()) < 1e-13 * float(got.abs().max()), kernel
+
+
+@pytest.mark.mpi
+def test_a_sum_of_integrals_is_the_sum_of_its_terms_on_ranks() -> None:
+    """One kernel, whose numbers the others have on any number of ranks."""
+    comm = MPI.COMM_WORLD
+    whole, *parts = (
+        everything(three, "triangle", chosen, fem_vi.TorchKernel(), comm) for chosen in ((0, 1, 2), (0,), (1,), (2,))
+    )
+    assembled = everything(three, "triangle", (0, 1, 2), fem_vi.AssembledKernel(), comm)
+    for got, again, summands in zip(whole, assembled, zip(*parts, strict=True), strict=True):
+        size = comm.allreduce(float(got.abs().max()), op=MPI.MAX)
+        assert float((got - sum(summands)).abs().max()) < 1e-13 * size
+        assert float((got - again).abs().max()) < 1e-13 * size
 
 
 def test_without_a_second_point_ffcx_takes_one_rule_for_the_other() -> None:
@@ -80,7 +96,7 @@ def weak(form: Any, u: Any, m: Any) -> fem_vi.WeakForm:
 def test_single_points_on_facets_beside_others_are_refused() -> None:
     V = fem.functionspace(mesh.create_unit_square(COMM, 2, 2), ("Lagrange", 2))
     u, m, v = fem.Function(V), fem.Function(V), ufl.TestFunction(V)
-    with pytest.raises(fem_vi.UnsupportedForm, match="one point.*same degree, or each at least 2"):
+    with pytest.raises(fem_vi.UnsupportedForm, match=r"one point.*same degree, or each at least 2"):
         weak(u * m * v * ds(degree=1) + u * m * v * ds(degree=4), u, m)
     weak(u * m * v * ds(degree=1), u, m)  # alone it is what it is
 
@@ -116,7 +132,7 @@ def test_elements_on_subdivided_cells_do_not_meet_others() -> None:
     V, P = fem.functionspace(msh, element), fem.functionspace(msh, ("Lagrange", 1))
     u, v, m = fem.Function(V), ufl.TestFunction(V), fem.Function(P, name="m")
     form = ufl.exp(m) * ufl.inner(ufl.grad(u), ufl.grad(v)) * dx
-    with pytest.raises(fem_vi.UnsupportedForm, match="'m' has the element.*iso"):
+    with pytest.raises(fem_vi.UnsupportedForm, match=r"'m' has the element.*iso"):
         weak(form, u, m)
     with pytest.raises(fem_vi.UnsupportedForm, match="iso"):
         fem_vi.Functional(u**2 * dx, [u])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ import torch
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.diagnostics import diagnose
 from fem_vi.vi.importance import corrected_moments, pareto_smoothed
+from fem_vi.vi.likelihood import GaussianNoise
+from fem_vi.vi.mcmc.smc import smc
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.low_rank import LowRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.predictive import predictive_check
+from fem_vi.vi.prior import GaussianVector
+from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.start import GaussNewton
 from tests.vi.helpers import F64, Affine, dense, numbers, split_pair
 
@@ -219,3 +224,17 @@ def test_corrected_moments_split_over_ranks():
         results.append([problem.prior.gather(x) for x in (corrected.mean, corrected.variance, corrected.mean_error)])
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-8)
+
+
+def test_a_mode_that_all_draws_miss_shows_in_the_evidence_of_smc_and_the_verdict_says_so():
+    """y = m^2: half of the mass is at minus the root, of which draws at the other root know nothing."""
+    prior = GaussianVector(torch.zeros(1))
+    problem = InverseProblem(prior, lambda m: m**2, GaussianNoise(0.1), torch.ones(1))
+    posterior = MeanFieldNormal(prior)
+    posterior.mu.data.fill_(1.0)
+    posterior.log_scale.data.fill_(math.log(0.05))
+    diagnosis = diagnose(problem, posterior)
+    assert diagnosis.khat < diagnosis.khat_limit
+    assert "Where its draws go" in diagnosis.verdict and "smc(problem)" in diagnosis.verdict
+    whole = smc(problem, particles=200, islands=4)
+    assert whole.log_evidence - diagnosis.log_evidence == pytest.approx(math.log(2.0), abs=0.2)

@@ -401,7 +401,9 @@ def test_keeps_other_processes_out_of_its_folder(tmp_path):
     code = f"from fem_vi.output import held; from pathlib import Path\nwith held(Path({str(tmp_path / 'run')!r})): input()"
 
     def intrude(row):
-        done = subprocess.run([sys.executable, "-c", code], input="\n", capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        done = subprocess.run(
+            [sys.executable, "-c", code], input="\n", capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        )
         assert done.returncode == 1 and "another process is at work" in done.stderr
 
     fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=1, callbacks=[intrude], **arguments)
@@ -413,7 +415,7 @@ def test_keeps_other_processes_out_of_its_folder(tmp_path):
     )
     other.stdout.readline()
     try:
-        with pytest.raises(RunFolderError, match="another process is at work on the run in .*choose another path"):
+        with pytest.raises(RunFolderError, match=r"another process is at work on the run in .*choose another path"):
             fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=2, **arguments)
     finally:
         other.kill()

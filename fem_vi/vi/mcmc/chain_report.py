@@ -136,6 +136,8 @@ def _verdict(rhat: float, ess: float, chains: int, diverged: float) -> str:
         )
     else:
         text = f"The chains agree, and are worth {ess:.0f} independent draws in their worst unknown."
+        if chains > 1:
+            text += " Had all of them begun near one mode, they would agree as well: begin at draws of the prior, or try smc."
     if chains == 1:
         text += " One chain alone cannot tell whether it missed a mode: run four or more."
     if diverged > 0.01:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,7 @@ def sample(
         >>> print(samples.report())
     """
     instance("problem", problem, InverseProblem)
+    instance("grid", grid, ProcessGrid, NoneType)
     comm = problem.prior.comm if grid is None else grid.comm
     with raise_on_all(comm):
         plan = _checked(problem, kernel, Plan(chains, draws, warmup, thin, adaptation), reference)

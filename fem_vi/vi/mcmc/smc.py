@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,7 @@ def smc(
         >>> tempered.log_evidence, tempered.log_evidence_error
     """
     instance("problem", problem, InverseProblem)
+    instance("grid", grid, ProcessGrid, NoneType)
     comm = problem.prior.comm if grid is None else grid.comm
     with raise_on_all(comm):
         check_exact(problem)
