@@ -1,0 +1,107 @@
+"""The blocks of demos/demo_uncertainty_table.py: a posterior that no normal distribution fits, against long chains in a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+import fem_vi
+
+DEMOS = Path(__file__).parent.parent / "demos"
+STORED = DEMOS / "uncertainty_table" / "reference.json"
+
+
+@cache
+def demo(name: str = "demo_uncertainty_table") -> ModuleType:
+    """A script of the demos as a module."""
+    spec = importlib.util.spec_from_file_location(name, DEMOS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # the script that makes the file imports the demo by its name
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def stored() -> dict[str, Any]:
+    return json.loads(STORED.read_text())  # type: ignore[no-any-return]
+
+
+def problem(comm: MPI.Comm = MPI.COMM_SELF) -> fem_vi.InverseProblem:
+    return demo().inverse_problem(comm, torch.tensor(stored()["y"], dtype=torch.float64))  # type: ignore[no-any-return]
+
+
+@pytest.mark.mpi
+def test_the_file_is_of_this_problem() -> None:
+    # Densities and gradients when the file was made, on one rank; here with the mesh spread over all ranks.
+    points = torch.tensor(stored()["check"]["points"], dtype=torch.float64, requires_grad=True)
+    log_joint = problem(MPI.COMM_WORLD).log_joint(points)
+    (gradient,) = torch.autograd.grad(log_joint.sum(), points)
+    expected = torch.tensor(stored()["check"]["log_joint"], dtype=torch.float64)
+    torch.testing.assert_close(log_joint.detach(), expected, rtol=1e-8, atol=1e-6)
+    torch.testing.assert_close(gradient, torch.tensor(stored()["check"]["gradient"], dtype=torch.float64), rtol=1e-4, atol=1e-3)
+
+
+def test_the_data_are_made_again_from_the_planted_field() -> None:
+    demo()
+    y = demo("make_uncertainty_reference").make_data()
+    torch.testing.assert_close(y, torch.tensor(stored()["y"], dtype=torch.float64), rtol=0.0, atol=1e-9)
+
+
+def test_the_chains_of_the_file_are_long_enough_and_agree_with_the_particles() -> None:
+    hmc, smc = stored()["hmc"], stored()["smc"]
+    assert hmc["rhat"] < 1.01
+    assert hmc["ess_bulk"] > 5000
+    assert smc["error"] < 0.2
+    levels, quantiles = np.array(hmc["levels"]), np.array(hmc["quantiles"])
+    assert quantiles.shape == (len(levels), 64)
+    assert (np.diff(quantiles, axis=0) > 0).all()
+    shift = (np.array(smc["mean"]) - np.array(hmc["mean"])) / np.array(hmc["sd"])
+    assert np.sqrt((shift**2).mean()) < 0.2
+
+
+def test_mass_of_a_band() -> None:
+    exact = demo().Reference.read(STORED)
+    low, high = exact.quantiles[[3, -4]]
+    np.testing.assert_allclose(exact.mass(low, high), 0.95, atol=1e-12)
+    np.testing.assert_allclose(exact.mass(low, low), 0.0, atol=1e-12)
+    np.testing.assert_allclose(exact.mass(low - 100, high + 100), 1.0, atol=1e-12)
+
+
+def test_normal_distributions_are_flagged_without_the_file() -> None:
+    posed = problem()
+    mean_field = fem_vi.MeanFieldNormal(posed.prior)
+    fem_vi.fit(posed, mean_field, fem_vi.ELBO(samples=16), steps=60, optimizer=demo().ADAM, start=demo().NEWTON)
+    for posterior in (fem_vi.laplace(posed, mode=demo().NEWTON), mean_field):
+        diagnosis = fem_vi.diagnose(posed, posterior, samples=200)
+        assert diagnosis.khat > diagnosis.khat_limit
+        assert "Do not trust this posterior" in diagnosis.verdict
+        assert stored()["smc"]["log_evidence"] - diagnosis.elbo > 8.0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_a_flow_comes_near_the_evidence_and_a_few_steps_in_its_coordinates_correct_the_rest() -> None:
+    exact = demo().Reference.read(STORED)
+    posed = problem()
+    normal = fem_vi.FullRankNormal(posed.prior)
+    demo().fitted(posed, normal, demo().FULL.normal)
+    flow = demo().create_flow(normal)
+    demo().fitted(posed, flow, demo().FULL.flow)
+    rows = [demo().row_of_family(name, posed, q, cost=(0, None)) for name, q in (("full-rank", normal), ("flow", flow))]
+    gaps = [exact.log_evidence - row.elbo for row in rows]
+    assert 0.0 < gaps[1] < 0.5 * gaps[0]
+    grid = fem_vi.ProcessGrid.create(MPI.COMM_SELF, 1)
+    samples = demo().corrected(posed, flow, demo().FULL.corrective, grid)
+    shift = (samples.mean.numpy() - exact.mean) / exact.sd
+    assert np.sqrt((shift**2).mean()) < 0.2
