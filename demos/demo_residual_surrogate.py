@@ -167,7 +167,7 @@ class Check:
 
 @torch.no_grad()
 def check(surrogate: Surrogate, conduction: Conduction, prior: fem_vi.KarhunenLoeveField) -> Check:
-    """Compare with solves of plates that are new to both."""
+    """Compare with solves of plates that are new to the network."""
     xi = prior.rsample((QUERIES,))
     clock = [time.process_time()]
     learnt = surrogate(xi)
