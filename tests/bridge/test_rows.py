@@ -281,7 +281,7 @@ def test_rows_of_cells_are_those_that_do_not_vanish_there(family: str, degree: i
 @SPACES
 @pytest.mark.parametrize("rings", [1, 2])
 def test_rows_of_patches_are_those_that_vanish_outside(family: str, degree: int, rings: int) -> None:
-    """Around the vertices at x = 3/7, y > 1/2: an interval of cells, which lies on several ranks where there are several."""
+    """Around the vertices at x = 3/7, y > 1/2: a band of cells, on several ranks where there are several."""
     pde, V, cells = positive_form(COMM, family, degree)
     tdim, width = V.mesh.topology.dim, 1 / 7
 
