@@ -48,7 +48,7 @@ CELLS = 32  # along an edge, each of two triangles
 STD, LENGTH = 0.5, 0.3  # of the log-conductivity m [-], and its correlation length
 BASIS, SOURCE_LENGTH = 100, 0.1  # functions b_k; correlation length of the sources behind them
 WIDTH, STEPS, PLATES, RATE = 256, 400, 500, 5e-3  # of the network, of the training, plates in each step, learning rate
-QUERIES = 1000
+QUERIES = 500
 
 
 # ## The equation, in weak form
@@ -167,7 +167,7 @@ class Check:
 
 @torch.no_grad()
 def check(surrogate: Surrogate, conduction: Conduction, prior: fem_vi.KarhunenLoeveField) -> Check:
-    """Compare with solves of plates that are new to both."""
+    """Compare with solves of plates that are new to the network."""
     xi = prior.rsample((QUERIES,))
     clock = [time.process_time()]
     learnt = surrogate(xi)

@@ -15,6 +15,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 import fem_vi
+from fem_vi.pde import _compat
 from fem_vi.pde.region import find_entities
 from tests.bridge.test_operators import fields_of, leaves
 from tests.helpers import CASES, Case, boundary_dofs, left, paired, square
@@ -280,7 +281,7 @@ def test_rows_of_cells_are_those_that_do_not_vanish_there(family: str, degree: i
 @SPACES
 @pytest.mark.parametrize("rings", [1, 2])
 def test_rows_of_patches_are_those_that_vanish_outside(family: str, degree: int, rings: int) -> None:
-    """Around the vertices at x = 3/7, y > 1/2: an interval of cells, which lies on several ranks where there are several."""
+    """Around the vertices at x = 3/7, y > 1/2: a band of cells, on several ranks where there are several."""
     pde, V, cells = positive_form(COMM, family, degree)
     tdim, width = V.mesh.topology.dim, 1 / 7
 
@@ -304,7 +305,7 @@ def test_rows_of_patches_are_those_that_vanish_outside(family: str, degree: int,
 def patch_by_hand(near: Callable[[np.ndarray], np.ndarray], rings: int) -> set[tuple[float, ...]]:
     """Middles of the cells of patches, from the coordinates of the cells' corners on a mesh of one rank."""
     whole = square(MPI.COMM_SELF, 7)
-    points = whole.geometry.x[whole.geometry.dofmap]  # (cells, 3, 3)
+    points = whole.geometry.x[_compat.geometry_dofmap(whole)]  # (cells, 3, 3)
     marked = near(points.reshape(-1, 3).T).reshape(points.shape[:2])
     for _ in range(rings):
         cells = marked.any(axis=1)
