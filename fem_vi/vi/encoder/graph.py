@@ -128,7 +128,8 @@ def _operators(points: Tensor, edges: Tensor) -> list[Tensor]:
         diagonal = torch.zeros(n, dtype=torch.float64).index_add(0, target, weight)
         row = torch.cat([target, torch.arange(n)])
         column = torch.cat([source, torch.arange(n)])
-        operators.append(torch.sparse_coo_tensor(torch.stack([row, column]), torch.cat([weight, -diagonal]), (n, n)).coalesce())
+        place, values = torch.stack([row, column]), torch.cat([weight, -diagonal])
+        operators.append(torch.sparse_coo_tensor(place, values, (n, n), check_invariants=True).coalesce())
     return operators
 
 
