@@ -20,6 +20,7 @@ from .bridge.layout import localise as localise
 from .bridge.logdet import ExactLogdet as ExactLogdet
 from .bridge.logdet import LogdetEstimate as LogdetEstimate
 from .bridge.logdet import StochasticLogdet as StochasticLogdet
+from .bridge.mesh_graph import mesh_graph as mesh_graph
 from .bridge.observe import PointObservation as PointObservation
 from .bridge.observe_expression import ExpressionObservation as ExpressionObservation
 from .bridge.piecewise import Blocks as Blocks
@@ -98,6 +99,7 @@ from .vi.draws import Independent as Independent
 from .vi.draws import QuasiMonteCarlo as QuasiMonteCarlo
 from .vi.encoder.dense import DenseEncoder as DenseEncoder
 from .vi.encoder.encoder import Encoder as Encoder
+from .vi.encoder.graph import GraphEncoder as GraphEncoder
 from .vi.encoder.kalman import KalmanEncoder as KalmanEncoder
 from .vi.encoder.point_set import SetEncoder as SetEncoder
 from .vi.field_transform import Bounded as Bounded

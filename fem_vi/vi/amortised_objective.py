@@ -15,7 +15,7 @@ from fem_vi.vi.data_sets import Fresh, Recorded, Source, Stored
 from fem_vi.vi.objective import Objective, PathDerivative, Terms, TotalDerivative
 from fem_vi.vi.posterior.amortised import Amortised, AmortisedDistribution
 from fem_vi.vi.problem import InverseProblem
-from fem_vi.vi.sensors import AllSensors, Sensors
+from fem_vi.vi.sensors import Sensors
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def prepared(name: str, problem: InverseProblem, posterior: nn.Module, data: Sou
         raise InvalidInput(
             f"{name}: {type(posterior).__name__} is the posterior of one data set; this objective fits an Amortised one."
         )
-    sensors: Sensors = getattr(posterior, "sensors", AllSensors())
+    sensors = posterior.sensors
     if not bool(posterior.encoder.is_scaled):
         with torch.no_grad():
             posterior.encoder.scale_by(sensors.observe(data.typical(problem)))

@@ -22,6 +22,7 @@ from fem_vi.vi.posterior.heads import FullHead, Head
 from fem_vi.vi.posterior.whitened_family import FamilyOverPrior
 from fem_vi.vi.prior import FieldPrior
 from fem_vi.vi.randomness import private_generator
+from fem_vi.vi.sensors import AllSensors, Sensors
 
 EXACT_SIZE = 512
 VARIANCE_SAMPLES = 2048
@@ -109,6 +110,7 @@ class Amortised(FamilyOverPrior):
     Attributes:
         encoder: That encoder.
         head: The head.
+        sensors: Which data there are; those of a model may fail and move.
         fields: Names of the parameters that are field tensors: none.
 
     Raises:
@@ -127,6 +129,7 @@ class Amortised(FamilyOverPrior):
 
     fields: tuple[str, ...] = ()
     is_conditional = True
+    sensors: Sensors = AllSensors()
 
     def __init__(self, prior: FieldPrior, encoder: Encoder, *, head: Callable[[int, int], Head] = FullHead) -> None:
         super().__init__(prior)
