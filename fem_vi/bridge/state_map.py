@@ -125,7 +125,9 @@ class _ReducedMap(_Map):
         self.log_volume = 0.5 * float(logdet)
 
     def lift(self, c: Tensor, *inputs: Tensor) -> Tensor:
-        return localise(c, self.comm) @ self._modes + self._prescribed(inputs)
+        rest = self._prescribed(inputs)
+        own = localise(c, self.comm)
+        return torch.addmm(rest, own, self._modes) if own.ndim == 2 else own @ self._modes + rest
 
     def coordinates(self, u: Tensor) -> Tensor:
         moments = all_sum((u - self._base) @ self._modes.T, self.comm)

@@ -142,16 +142,14 @@ class PDDLVM(nn.Module):
         self.residual = Residual(pde, kernel=kernel, petsc_options=petsc_options)
         self.state = state.create(pde)
         self._measured = measure.create(self.residual)
-        self._free = torch.ones(pde.unknown.size, dtype=torch.float64)
-        self._free[torch.from_numpy(pde.boundary.owned).long()] = 0.0
-        self.num_residuals = int(all_sum(self._free.sum(), pde.comm))
+        self.num_residuals = int(all_sum(torch.tensor(pde.unknown.size - pde.boundary.owned.size), pde.comm))
         self.noise = eps.create()
         self.forward_network, self.inverse_network = forward, inverse
         self.problem = VirtualData(prior, self.cost, self._describe(eps))
         with raise_on_all(pde.comm):
-            _check_network("forward", forward, prior.num_global, self.state.size)
+            check_network("forward", forward, prior.num_global, self.state.size)
             if inverse is not None:
-                _check_network("inverse", inverse, self.state.size, prior.num_global)
+                check_network("inverse", inverse, self.state.size, prior.num_global)
 
     def forward(self, z: Tensor) -> Distribution:
         """q_a(u | z) over coordinates; see `coordinates_given`."""
@@ -217,24 +215,23 @@ class PDDLVM(nn.Module):
         given = self._inputs(z)
         return (given,) if isinstance(given, Tensor) else tuple(given)
 
-    def log_virtual(self, u: Tensor, z: Tensor) -> Tensor:
+    def log_virtual(self, u: Tensor, *inputs: Tensor) -> Tensor:
         """Log p(r = 0 | u, z) = log N(r(u, z); 0, eps^2 I), over the test functions where nothing is prescribed.
 
         Args:
-            u: States that keep the Dirichlet conditions, `(*batch, n_owned)`.
-            z: `(*batch, n_owned)` in the prior's layout. Batch axes broadcast.
+            u: States that keep the Dirichlet conditions, where r is then zero, `(*batch, n_owned)`.
+            inputs: Those of the weak form, `inputs(z)`. Batch axes broadcast.
 
         Returns:
             `(*batch,)`, replicated.
 
         MPI: Collective, forward and backward.
         """
-        inputs = self.inputs(z)
-        r = self._measured(u, *inputs) * self._free
+        r = self._measured(u, *inputs)
         if isinstance(self.measure, SolutionUnits):
             self._count(r, any(x.requires_grad for x in inputs))
         log_eps = self.noise.log_eps()
-        square = all_sum(r.square().sum(-1), self.pde.comm)
+        square = all_sum(torch.linalg.vecdot(r, r), self.pde.comm)
         constant = 0.5 * self.num_residuals * math.log(2.0 * math.pi)
         return -0.5 * square * (-2.0 * log_eps).exp() - self.num_residuals * log_eps - constant
 
@@ -262,7 +259,7 @@ class PDDLVM(nn.Module):
 
         MPI: Collective; rank 0 writes.
         """
-        write_model(path, self, self._about(), self.pde.comm)
+        write_model(path, self, self.about(), self.pde.comm)
 
     def load(self, path: str | Path) -> None:
         """Take the parameters that `save` wrote.
@@ -272,9 +269,10 @@ class PDDLVM(nn.Module):
 
         MPI: Collective.
         """
-        read_model(path, self, self._about(), self.pde.comm)
+        read_model(path, self, self.about(), self.pde.comm)
 
-    def _about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
+        """What must be the same where parameters are loaded."""
         return {
             "model": type(self).__name__,
             "unknowns": self.prior.num_global,
@@ -297,7 +295,12 @@ class PDDLVM(nn.Module):
 
 
 @torch.no_grad()
-def _check_network(name: str, network: nn.Module, size_in: int, size_out: int) -> None:
+def check_network(name: str, network: nn.Module, size_in: int, size_out: int) -> None:
+    """Refuse a network that does not give a distribution over vectors of the right size. Not collective.
+
+    Raises:
+        InvalidInput: Naming it.
+    """
     q = network(torch.zeros(2, size_in, dtype=torch.float64))
     if not isinstance(q, Distribution):
         raise InvalidInput(f"{name} returned {type(q).__name__}; it must return a torch Distribution. Does it end in a head?")

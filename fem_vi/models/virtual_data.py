@@ -83,12 +83,13 @@ class VirtualELBO:
         if getattr(model, "problem", None) is not problem:
             raise InvalidInput("VirtualELBO is fitted to a model's own virtual data: fit(model.problem, model, VirtualELBO()).")
         z = problem.prior.rsample(torch.Size([self.samples])).detach()
-        c, log_q = draw_coordinates(model, model.whitened(z), path=isinstance(self.gradient, PathDerivative))
-        u = model.state.lift(c, *model.inputs(z))
-        log_r = model.log_virtual(u, z)
+        xi = model.whitened(z)
+        c, log_q = draw_coordinates(model, xi, path=isinstance(self.gradient, PathDerivative))
+        inputs = model.inputs(z)
+        log_r = model.log_virtual(model.state.lift(c, *inputs), *inputs)
         log_inverse = torch.zeros((), dtype=torch.float64)
         if model.inverse_network is not None:
-            log_inverse = model.inverse_network(c).log_prob(model.whitened(z))
+            log_inverse = model.inverse_network(c).log_prob(xi)
         log_ratio = log_q - log_inverse
         bound = (log_r - log_ratio).mean() + model.log_eps_prior()
         if torch.is_grad_enabled():

@@ -412,4 +412,4 @@ def test_refuses_what_does_not_fit_together() -> None:
         fem_vi.AnnealedEps(first=0.1, last=1.0)
     with pytest.raises(InvalidInput, match="above least"):
         fem_vi.LearnedEps(first=1e-6, least=1e-6)
-    assert math.isfinite(float(one.log_virtual(torch.zeros(ELEMENTS + 1, dtype=F64), torch.zeros(2, dtype=F64))))
+    assert math.isfinite(float(one.log_virtual(torch.zeros(ELEMENTS + 1, dtype=F64), *of_source(torch.zeros(2, dtype=F64)))))
