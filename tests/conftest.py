@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import time
-import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With `--sample-rows`, leave a third of the rows of each test that has more than five, unless it says `every_row`.
 
-    Which ones follows from their names: each test meets other rows, and each row other tests, the same ones every time.
+    Three such tests one after the other in a file share the rows of their table out, so that each row meets one of them; where
+    rows are pairs of two parameters, each value of either is met.
     """
     if not config.getoption("sample_rows"):
         return
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    sampled: Counter[Path] = Counter()
     left_out: set[pytest.Item] = set()
     for rows in tests.values():
         if len(rows) > 5 and not any("every_row" in mark.kwargs for mark in rows[0].iter_markers("mpi")):
-            left_out.update(sorted(rows, key=lambda item: zlib.crc32(item.nodeid.encode()))[-(-len(rows) // 3) :])
+            shift = sampled[rows[0].path]
+            left_out.update(row for k, row in enumerate(rows) if (k + k // 3 + shift) % 3 != 0)
+            sampled[rows[0].path] += 1
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 

@@ -40,13 +40,30 @@ def test_folder_is_shared(tmp_path):
 """
 
 
-def run_on_two_ranks(source: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+TABLES = """
+import pytest
+@pytest.mark.mpi
+@pytest.mark.parametrize("row", range(9))
+def test_table(row):
+    pass
+@pytest.mark.mpi(every_row=True)
+@pytest.mark.parametrize("row", range(7))
+def test_of_every_row(row):
+    pass
+@pytest.mark.mpi
+@pytest.mark.parametrize("row", range(5))
+def test_of_few_rows(row):
+    pass
+"""
+
+
+def run(source: str, folder: Path, *options: str, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     conftest = (HERE / "conftest.py").read_text().replace("PATIENCE = 20.0", "PATIENCE = 1.0")
     (folder / "conftest.py").write_text(conftest)
     shutil.copy(HERE.parent / "pyproject.toml", folder)
     (folder / "test_sample.py").write_text(source)
     return subprocess.run(
-        ["mpirun", "-n", "2", sys.executable, "-P", "-m", "pytest", "test_sample.py", "--color=no", *options],
+        [*launch, sys.executable, "-P", "-m", "pytest", "test_sample.py", "--color=no", *options],
         cwd=folder,
         env=dict(os.environ),
         capture_output=True,
@@ -54,6 +71,10 @@ def run_on_two_ranks(source: str, folder: Path, *options: str) -> subprocess.Com
         timeout=60,
         check=False,
     )
+
+
+def run_on_two_ranks(source: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return run(source, folder, *options, launch=("mpirun", "-n", "2"))
 
 
 def test_a_test_that_fails_on_one_rank_fails_and_the_next_runs(tmp_path: Path) -> None:
@@ -83,6 +104,11 @@ def test_ranks_share_a_folder(tmp_path: Path) -> None:
     done = run_on_two_ranks(SHARED, tmp_path)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
+
+
+def test_a_third_of_the_rows_of_large_tables(tmp_path: Path) -> None:
+    done = run(TABLES, tmp_path, "--sample-rows")
+    assert "15 passed, 6 deselected" in done.stdout, done.stdout
 
 
 @pytest.mark.mpi

@@ -151,7 +151,7 @@ def test_problem_names_the_bad_shape():
     problem = InverseProblem(prior, lambda m: m.sum(0), GaussianNoise(1.0), torch.zeros(3))
     with pytest.raises(InvalidInput, match=r"returned shape \(5,\); with 3 data it must be \(2, 3\)"):
         problem.log_likelihood(torch.zeros(2, 5))
-    with pytest.raises(InvalidInput, match="the prior's 5 entries"):
+    with pytest.raises(InvalidInput, match="5 entries, those of the prior"):
         problem.log_likelihood(torch.zeros(2, 4))
 
 
