@@ -102,6 +102,6 @@ def test_a_flow_comes_near_the_evidence_and_a_few_steps_in_its_coordinates_corre
     gaps = [exact.log_evidence - row.elbo for row in rows]
     assert 0.0 < gaps[1] < 0.5 * gaps[0]
     grid = fem_vi.ProcessGrid.create(MPI.COMM_SELF, 1)
-    samples = demo().corrected(posed, flow, demo().FULL.corrective, grid)
+    samples = demo().corrected(posed, flow, demo().FULL, grid)
     shift = (samples.mean.numpy() - exact.mean) / exact.sd
     assert np.sqrt((shift**2).mean()) < 0.2
