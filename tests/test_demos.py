@@ -17,12 +17,13 @@ DEMOS = sorted((REPOSITORY / "demos").glob("demo_*.py"))
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("demo", DEMOS, ids=[demo.stem for demo in DEMOS])
 def test_demo(demo: Path, ranks: int, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(demo.parent), *filter(None, [os.environ.get("PYTHONPATH")])])  # demos may share parts
     launch = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
     # This process has initialised MPI, which leaves variables that mpirun would take for its own: os.environ has none of them.
     done = subprocess.run(
         [*launch, sys.executable, "-P", str(demo)],
         cwd=tmp_path,
-        env={**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(demo.parent)},  # demos may share parts
+        env={**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": path},
         timeout=600,
         capture_output=True,
         text=True,

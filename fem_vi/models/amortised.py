@@ -81,6 +81,8 @@ class AmortisedInversion(Amortised):
     def posterior(self, y: Data) -> AmortisedDistribution:
         """The posterior of one data set, or of each of a batch: one pass of the network, no solve.
 
+        It is worth as much as the data are like those of the training: see `TypicalData`.
+
         Args:
             y: `(*batch, num_data)`, or `SensorData`; replicated.
 
