@@ -11,11 +11,19 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 DEMOS = sorted((REPOSITORY / "demos").glob("demo_*.py"))
+QUICK = {"demo_aquifer", "demo_heat_sink", "demo_linear_gaussian"}
+"""Those whose meshes are spread over ranks and that take seconds; networks, which ranks only repeat, take two ranks longer."""
 
 
 @pytest.mark.timeout(650)
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("demo", DEMOS, ids=[demo.stem for demo in DEMOS])
+@pytest.mark.parametrize(
+    ("demo", "ranks"),
+    [
+        pytest.param(demo, ranks, id=f"{demo.stem}-{ranks}", marks=[pytest.mark.long] * (ranks > 1 and demo.stem not in QUICK))
+        for demo in DEMOS
+        for ranks in (1, 2)
+    ],
+)
 def test_demo(demo: Path, ranks: int, tmp_path: Path) -> None:
     path = os.pathsep.join([str(demo.parent), *filter(None, [os.environ.get("PYTHONPATH")])])  # demos may share parts
     launch = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
