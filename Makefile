@@ -30,7 +30,7 @@ test-2 test-3: test-%:
 
 test-demos:
 	@echo "Demos on 1 and 2 ranks"
-	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) -n 2 -m "not long" tests/test_demos.py
+	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) -n 2 tests/test_demos.py
 
 test-long:  ## the tests that take minutes, all rows on 3 ranks
 	@$(RUN) timeout --kill-after=10 7200 $(PYTEST) -m long
