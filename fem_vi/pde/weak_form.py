@@ -13,7 +13,7 @@ from ufl.algorithms.analysis import extract_type
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.copies import check_list, create_copies
-from fem_vi.pde.inputs import FunctionInput, Input, create_function_input
+from fem_vi.pde.inputs import Input, create_function_input
 from fem_vi.pde.quadrature import check_rules_of_derivatives, pin_quadrature
 
 
@@ -75,8 +75,7 @@ class WeakForm:
         self.state: fem.Function = self.unknown.symbol
         copies = {given.given: given.symbol for given in (self.unknown, *self.inputs, *self._fixed)}
         self.form = pin_quadrature(expand_derivatives(ufl.replace(F, {test: self.test, **copies})))
-        varying_functions = [given.symbol for given in (self.unknown, *self.inputs) if isinstance(given, FunctionInput)]
-        check_rules_of_derivatives(self.form, varying_functions)
+        check_rules_of_derivatives(self.form, [given.symbol for given in (self.unknown, *self.inputs)])
         self.boundary = Boundary(self.space, bcs, self.inputs)
         self._check_occurrence()
         self.initial_guess = self.state.x.array.copy()
