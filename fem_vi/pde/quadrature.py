@@ -19,6 +19,7 @@ from typing import Any
 import basix
 import numpy as np
 import ufl
+from dolfinx import fem
 from ufl.algorithms import estimate_total_polynomial_degree
 from ufl.algorithms.apply_integral_scaling import compute_integrand_scaling_factor
 
@@ -153,13 +154,15 @@ def check_rules_of_derivatives(form: ufl.Form, varying: Sequence[Any]) -> None:
 
     Args:
         form: UFL form, pinned.
-        varying: Functions that derivatives are taken for.
+        varying: What derivatives are taken for; of Constants and coordinates nothing is asked.
 
     Raises:
         UnsupportedForm: Naming the element.
     """
     own = {argument.ufl_element().polyset_type for argument in form.arguments()} or {basix.PolysetType.standard}
     for function in varying:
+        if not isinstance(function, fem.Function):
+            continue
         element = function.function_space.ufl_element()
         if {element.polyset_type} != own and basix.PolysetType.macroedge in (own | {element.polyset_type}):
             raise UnsupportedForm(

@@ -84,8 +84,7 @@ class WeakForm:
         self.state: fem.Function = self.unknown.symbol
         copies = {given.given: given.symbol for given in (self.unknown, *self.inputs, *self._fixed)}
         self.form = pin_quadrature(expand_derivatives(ufl.replace(F, {test: self.test, **copies})))
-        varying_functions = [given.symbol for given in (self.unknown, *self.inputs) if isinstance(given, FunctionInput)]
-        check_rules_of_derivatives(self.form, varying_functions)
+        check_rules_of_derivatives(self.form, [given.symbol for given in (self.unknown, *self.inputs)])
         self.boundary = Boundary(self.space, bcs, self.inputs)
         with raise_on_all(self.comm):
             self._check_occurrence()
