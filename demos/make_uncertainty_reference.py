@@ -42,7 +42,7 @@ def digits(x: torch.Tensor) -> Any:
 
 def by_hmc(problem: fem_vi.InverseProblem, normal: fem_vi.FullRankNormal) -> dict[str, Any]:
     """Long chains: moments, quantiles, and what they are worth."""
-    kernel, chains, draws, warmup = fem_vi.HMC(step_size=0.19), 64, 640, 96
+    kernel, chains, draws, warmup = fem_vi.HMC(acceptance=0.9, most_rotations=12), 64, 512, 64
     samples = fem_vi.sample(
         problem,
         kernel,
