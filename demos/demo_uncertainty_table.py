@@ -176,7 +176,7 @@ class Budget:
     corrective: int
 
 
-SHORT = Budget(normal=150, flow=200, chains=64, corrective=4)
+SHORT = Budget(normal=120, flow=160, chains=64, corrective=4)
 FULL = Budget(normal=400, flow=2500, chains=128, corrective=24)
 NEWTON = fem_vi.NewtonCG(rtol=1e-3, iterations=20)
 ADAM = partial(torch.optim.Adam, lr=1e-2)
