@@ -14,7 +14,7 @@
 #
 #     python demos/demo_amortised_aquifer.py                # half a minute; the picture goes to runs/amortised_aquifer
 #     mpirun -n 2 python demos/demo_amortised_aquifer.py    # two ranks share out the simulations
-#     python demos/demo_amortised_aquifer.py --full         # ten times the simulations, five times the steps: some five minutes
+#     python demos/demo_amortised_aquifer.py --full         # ten times the simulations, five times the steps: minutes
 
 import argparse
 import time
@@ -200,7 +200,7 @@ def draw(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="One network for the posteriors of all campaigns in an aquifer.")
-    parser.add_argument("--full", action="store_true", help="20,000 simulations and 4,000 steps: some five minutes")
+    parser.add_argument("--full", action="store_true", help="20,000 simulations and 4,000 steps: minutes")
     parser.add_argument("--fits", type=int, default=2, help="campaigns that are fitted one by one, for comparison")
     parser.add_argument("--out", type=Path, default=Path("runs") / "amortised_aquifer")
     main(parser.parse_args())

@@ -13,7 +13,7 @@ from mpi4py import MPI
 import fem_vi
 from tests.vi.helpers import F64, numbers
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]  # two copies of the problem: slow where cores are shared
 
 
 def diffusion(comm: MPI.Comm) -> fem_vi.InverseProblem:
