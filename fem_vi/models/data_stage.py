@@ -60,8 +60,8 @@ class Uncorrected:
     """p(r = 0 | u, z) with a flat p(u), as in the literature: the posterior of z is off by the factor 1 / |det A(z)|.
 
     What that costs: -(e^z u')' = 1 on a rod, z ~ N(0, 1), one sensor in the middle with noise 0.05. The posterior mean is 0.015,
-    and here it is -0.068 with 10 elements, -0.141 with 20, -0.255 with 40 and -0.413 with 80; the standard deviation is 0.102, and
-    here it shrinks to 0.057. It gets worse with every refinement, and a preconditioner A0^-1 changes nothing.
+    and here it is -0.068 with 10 elements, -0.141 with 20, -0.255 with 40 and -0.413 with 80; the standard deviation is 0.102,
+    and here it shrinks to 0.057. It gets worse with every refinement, and a preconditioner A0^-1 changes nothing.
 
     Right where A does not depend on z (unknown sources and boundary values), and for a model in `SolutionUnits()`.
     """
