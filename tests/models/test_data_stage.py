@@ -29,6 +29,7 @@ from fem_vi.models import (
 )
 from tests.models.test_pddlvm import ELEMENTS, F64, ONE, Rod, of_source, replicated_model
 
+pytestmark = pytest.mark.timeout(400)  # each trains for some CPU seconds, which may be long ones on a shared machine
 COMM = MPI.COMM_WORLD
 
 

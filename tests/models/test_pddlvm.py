@@ -23,6 +23,7 @@ from fem_vi.errors import InvalidInput, RunFolderError
 from fem_vi.models import PDDLVM, Plain, Preconditioned, SolutionUnits, VirtualELBO
 from tests.helpers import CASES
 
+pytestmark = pytest.mark.timeout(400)  # each trains for some CPU seconds, which may be long ones on a shared machine
 F64 = torch.float64
 COMM = MPI.COMM_WORLD
 ELEMENTS = 6
