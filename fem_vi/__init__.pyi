@@ -5,8 +5,8 @@ from .bridge.convert import to_tensor as to_tensor
 from .bridge.evolve import Evolve as Evolve
 from .bridge.field_file import write_fields as write_fields
 from .bridge.field_prior import MaternField as MaternField
-from .bridge.field_prior import PlainVariance as PlainVariance
-from .bridge.field_prior import UniformVariance as UniformVariance
+from .bridge.field_variance import PlainVariance as PlainVariance
+from .bridge.field_variance import UniformVariance as UniformVariance
 from .bridge.functional import Functional as Functional
 from .bridge.karhunen_loeve import Energy as Energy
 from .bridge.karhunen_loeve import Exponential as Exponential

@@ -27,9 +27,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution
 
-from fem_vi.arguments import described, instance, is_number, positive
+from fem_vi.arguments import instance, positive
 from fem_vi.bridge.field_file import write_fields
+from fem_vi.bridge.field_variance import PlainVariance, UniformVariance
 from fem_vi.bridge.layout import OWNED, all_sum, check_last_axis, gather, localise, num_global, num_owned, owned_range
+from fem_vi.bridge.matern_arguments import (
+    check_mean,
+    checked_metric,
+    checked_range,
+    detached,
+    hyperparameter,
+    initial_number,
+    smoothness,
+)
 from fem_vi.bridge.matern_root import MaternRoot
 from fem_vi.bridge.matern_table import AtAnyLength, AtOneLength, Statistics
 from fem_vi.errors import InvalidInput
@@ -38,42 +48,6 @@ from fem_vi.parallel import all_values, raise_on_all, shared_seed
 from fem_vi.pde.fields import check_vertex_space, node_names
 from fem_vi.pde.petsc_options import Option, check_options
 from fem_vi.pde.rational import LEAST_TOLERANCE
-
-
-@dataclass(frozen=True)
-class UniformVariance:
-    """Divide by the pointwise standard deviation: it is `std` everywhere, on the boundary and in corners too.
-
-    Exact up to 5,000 unknowns. Beyond, the deviations come from 256 dominant directions and as many draws as the tolerance takes,
-    at most 1,024: some 600 to 1,500 solves with a kept factorisation, once for each prior, when it is first used. With an
-    iterative solver, where a solve may take seconds, `PlainVariance` may be the better choice.
-
-    Attributes:
-        tolerance: Root mean square, over the unknowns, of the relative standard error of the standard deviation. The 1,024 draws
-            reach it where the length is not short: on a square with 4,225 unknowns 0.002 (0.01 at the worst of them) at a
-            length of 0.15 sides, 0.01 (0.04) at 0.05.
-
-    References:
-        Daon, Stadler (2018), Mitigating the influence of the boundary on PDE-based covariance operators.
-    """
-
-    tolerance: float = 0.002
-
-    def __post_init__(self) -> None:
-        positive("UniformVariance: tolerance", self.tolerance)
-
-
-@dataclass(frozen=True)
-class PlainVariance:
-    """Take the field as the Robin condition leaves it.
-
-    On the unit square with `length` 0.15 the pointwise standard deviation is within 8 % of `std` everywhere on a mesh of 40 x 40
-    cells with alpha = 2; on coarser ones, in three dimensions and for other alpha it is less exact: on a cube of 16 cells a side
-    it is 1.03 times `std` or more at a length of 0.2, and 1.7 times in corners.
-
-    References:
-        Roininen, Huttunen, Lasanen (2014), Whittle-Matern priors for Bayesian statistical inversion.
-    """
 
 
 @dataclass(frozen=True)
@@ -144,7 +118,7 @@ class MaternField(Distribution):
         mean: float | Tensor = 0.0,
         alpha: float = 2.0,
         metric: Any = None,
-        variance: UniformVariance | PlainVariance = UniformVariance(),
+        variance: UniformVariance | PlainVariance = UniformVariance(),  # noqa: B008 - frozen
         lengths: tuple[float, float] | None = None,
         tolerance: float = 1e-3,
         petsc_options: Mapping[str, Option] | None = None,
@@ -153,13 +127,13 @@ class MaternField(Distribution):
         self.comm = V.mesh.comm
         with raise_on_all(self.comm):
             check_options(petsc_options)
-            self.std: float | Tensor = _number("std", std)
-            self.length: float | Tensor = _number("length", length)
-            _check_mean(mean, num_owned(V))
-            self.nu = _smoothness(alpha, V.mesh.topology.dim)
+            self.std: float | Tensor = initial_number("std", std)
+            self.length: float | Tensor = initial_number("length", length)
+            check_mean(mean, num_owned(V))
+            self.nu = smoothness(alpha, V.mesh.topology.dim)
             instance("MaternField: variance", variance, UniformVariance, PlainVariance)
-            tensor = _checked_metric(metric, V.mesh)
-            self.lengths = _checked_range(lengths, length)
+            tensor = checked_metric(metric, V.mesh)
+            self.lengths = checked_range(lengths, length)
             if positive("MaternField: tolerance", tolerance) < LEAST_TOLERANCE:
                 raise InvalidInput(f"MaternField: tolerance is {tolerance:g}; it must be at least {LEAST_TOLERANCE:g}.")
         given = all_values(self.comm, (float(std), float(length), float(alpha)))
@@ -191,7 +165,7 @@ class MaternField(Distribution):
 
     def __repr__(self) -> str:
         mean = f", mean={self._level:g}" if self._level is not None else ", mean=<field>"
-        std, length = float(_detached(self.std)), float(_detached(self.length))
+        std, length = float(detached(self.std)), float(detached(self.length))
         alpha = "" if self.alpha == 2.0 else f", alpha={self.alpha:g}"
         return f"MaternField({self.num_global} unknowns, std={std:g}, length={length:g}{mean}{alpha})"
 
@@ -260,17 +234,17 @@ class MaternField(Distribution):
         new = copy.copy(self)
         with raise_on_all(self.comm):
             if std is not None:
-                new.std = _hyperparameter("std", std)
+                new.std = hyperparameter("std", std)
             if length is not None:
-                new.length = _hyperparameter("length", length)
+                new.length = hyperparameter("length", length)
                 low, high = self.lengths
-                asked = positive("MaternField.at: length", _detached(length))
+                asked = positive("MaternField.at: length", detached(length))
                 if not low * (1 - 1e-12) <= asked <= high * (1 + 1e-12):
                     raise InvalidInput(
                         f"MaternField.at: length is {asked:g}; this prior serves {low:g} to {high:g}. Build it with "
                         "lengths=(shortest, longest)."
                     )
-        given = all_values(self.comm, (float(_detached(new.std)), float(_detached(new.length))))
+        given = all_values(self.comm, (float(detached(new.std)), float(detached(new.length))))
         if any(other != given[0] for other in given):
             raise InvalidInput(f"MaternField.at: (std, length) differ between ranks: {given}; they must be replicated.")
         if length is not None:
@@ -364,7 +338,7 @@ class MaternField(Distribution):
             raise InvalidInput(
                 f"MaternField.precision: alpha is {self.alpha:g}; the precision is sparse where it is 2. Give the family one."
             )
-        own, w = self._root.sparse_root(float(_detached(self.kappa)))
+        own, w = self._root.sparse_root(float(detached(self.kappa)))
         parts = all_values(self.comm, own)
         blocks = [
             scipy.sparse.csr_matrix((values, columns, starts), shape=(len(starts) - 1, self.num_global))
@@ -406,67 +380,3 @@ class MaternField(Distribution):
         batches = all_values(self.comm, tuple(x.shape[:-1]))
         if any(batch != batches[0] for batch in batches):
             raise InvalidInput(f"MaternField: the batch axes of {name} differ between ranks: {batches}.")
-
-
-def _number(name: str, value: float | Tensor) -> float:
-    """A positive number whose gradient nobody expects."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise InvalidInput(f"MaternField: {name} requires a gradient. Build it with a number, then take prior.at({name}=...).")
-    return positive(f"MaternField: {name}", value)
-
-
-def _hyperparameter(name: str, value: float | Tensor) -> float | Tensor:
-    number = positive(f"MaternField.at: {name}", _detached(value))
-    return value.to(torch.float64) if isinstance(value, Tensor) else number
-
-
-def _detached(value: float | Tensor) -> float | Tensor:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _smoothness(alpha: float, dimension: int) -> float:
-    nu = positive("MaternField: alpha", alpha) - dimension / 2
-    if not 0.0 < nu <= 8.0:
-        raise InvalidInput(
-            f"MaternField: alpha is {alpha:g}, so that nu = alpha - {dimension} / 2 = {nu:g}; it must be positive (else the "
-            f"field has no pointwise variance) and at most 8. Take alpha above {dimension / 2:g}, such as 2."
-        )
-    return nu
-
-
-def _check_mean(mean: float | Tensor, size: int) -> None:
-    if isinstance(mean, Tensor) and mean.is_complex():
-        raise InvalidInput(f"MaternField: mean is {mean.dtype}; it must be real.")
-    fits = tuple(mean.shape) in ((), (size,)) if isinstance(mean, Tensor) else is_number(mean)
-    if not fits:
-        given = f"has shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"is {mean!r:.80}"
-        raise InvalidInput(f"MaternField: mean {given}; it must be a number or have shape {(size,)} (owned).")
-    if not bool(torch.isfinite(torch.as_tensor(mean)).all()):
-        raise InvalidInput("MaternField: mean is not finite.")
-
-
-def _checked_range(lengths: tuple[float, float] | None, length: float) -> tuple[float, float]:
-    if not (lengths is None or (isinstance(lengths, tuple | list) and len(lengths) == 2)):
-        raise InvalidInput(f"MaternField: lengths is {described(lengths)}; it must be (shortest, longest), or None.")
-    low, high = (length / 4.0, length * 4.0) if lengths is None else (positive("MaternField: lengths", x) for x in lengths)
-    if not low < high:
-        raise InvalidInput(f"MaternField: lengths is {lengths}; it must be (shortest, longest).")
-    return float(low), float(high)
-
-
-def _checked_metric(metric: Any, mesh: Any) -> Any:
-    """The metric as a UFL tensor, or None."""
-    if metric is None:
-        return None
-    d = mesh.geometry.dim
-    if isinstance(metric, ufl.core.expr.Expr):
-        if metric.ufl_shape != (d, d):
-            raise InvalidInput(f"MaternField: metric has shape {metric.ufl_shape}; it must be {(d, d)}.")
-        return metric
-    try:
-        array = np.asarray(metric, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"MaternField: metric is {described(metric)}; it must be a {d} x {d} matrix: {error}.") from error
-    if array.shape != (d, d) or not np.allclose(array, array.T) or not np.linalg.eigvalsh(array).min() > 0.0:
-        raise InvalidInput(f"MaternField: metric is {array.tolist()}; it must be a symmetric positive definite {d} x {d} matrix.")
-    return ufl.as_matrix(array.tolist())

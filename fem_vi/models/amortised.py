@@ -56,7 +56,7 @@ class AmortisedInversion(Amortised):
         distribution correction.
 
     Example:
-        >>> model = fem_vi.AmortisedInversion(problem, fem_vi.DenseEncoder(60), head=fem_vi.FlowHead)
+        >>> model = fem_vi.models.AmortisedInversion(problem, fem_vi.DenseEncoder(60), head=fem_vi.FlowHead)
         >>> simulations = fem_vi.simulate(problem, 5000, path="runs/simulations")
         >>> fem_vi.fit(problem, model, fem_vi.ExpectedForwardKL(fem_vi.Stored(simulations)), steps=2000)
         >>> q = model.posterior(y)
