@@ -3,7 +3,7 @@
 
 RUN := container/run
 PYTEST := python3 -P -m pytest
-MPI = $(RUN) timeout --kill-after=10 900 mpirun -n
+MPI = $(RUN) timeout --kill-after=10 1800 mpirun -n
 
 .PHONY: help demo test test-long test-1 test-2 test-3 test-demos lint bench doctor shell
 
