@@ -126,6 +126,8 @@ class InverseProblem:
         n_owned = self.prior.event_shape[0]
         with raise_on_all(self.prior.comm):
             check_last_axis("m", m, n_owned, "those of the prior.")
+            if not m.is_floating_point():
+                raise InvalidInput(f"m is {m.dtype}; it must be of floating-point numbers.")
         return self._predict(m, self.forward, self.likelihood, len(self.y))
 
     def _predict(self, m: Tensor, forward: Callable[[Tensor], Tensor], likelihood: Likelihood, num_data: int) -> Tensor:

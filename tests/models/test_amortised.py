@@ -326,7 +326,7 @@ def test_what_it_says_of_one_data_set_can_be_diagnosed(unsupervised):
     ("act", "words"),
     [
         (lambda: AmortisedInversion(3, DenseEncoder(3)), "problem is 3"),
-        (lambda: AmortisedInversion(AFFINE.problem(), torch.nn.Linear(3, 3)), "encoder is Linear.*must be of type Encoder"),
+        (lambda: AmortisedInversion(AFFINE.problem(), torch.nn.Linear(3, 3)), "encoder is a Linear.*must be of type Encoder"),
         (lambda: AmortisedInversion(AFFINE.problem(), DenseEncoder(3), head=lambda a, b: 7), "head: what it makes is 7"),
         (lambda: AmortisedInversion(AFFINE.problem(), DenseEncoder(3), sensors=3), "sensors is 3"),
         (lambda: linear().posterior(torch.zeros(4)), r"DenseEncoder: y is \(4,\); it must be a tensor whose last axis has 3"),
@@ -337,7 +337,7 @@ def test_what_it_says_of_one_data_set_can_be_diagnosed(unsupervised):
             "FullRankNormal is the posterior of one",
         ),
         (lambda: ExpectedELBO(samples=0), "samples is 0"),
-        (lambda: ExpectedForwardKL(Recorded(torch.zeros(3, 3))), "data is Recorded"),
+        (lambda: ExpectedForwardKL(Recorded(torch.zeros(3, 3))), "data is a Recorded"),
         (lambda: InTurn((ExpectedELBO(),), shares=(1.0, 2.0)), "1 objectives with shares"),
         (lambda: Recorded(torch.full((3, 2), torch.nan)), r"it must be \(count >= 2, num_data\) and finite"),
         (lambda: RandomSensors(torch.zeros(3, 2), fewest=2, most=4), "at least 4 candidates"),

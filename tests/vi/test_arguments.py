@@ -31,8 +31,8 @@ THREE = GivenSamples(torch.zeros(5, 3, dtype=torch.float64))
     ("call", "words"),
     [
         (lambda: InverseProblem(PRIOR, lambda m: m, GaussianNoise, torch.ones(2)), "likelihood is the class GaussianNoise"),
-        (lambda: PROBLEM.predict(None), "m is NoneType"),
-        (lambda: PROBLEM.log_joint(np.zeros(2)), "m is ndarray"),
+        (lambda: PROBLEM.predict(None), "m is None"),
+        (lambda: PROBLEM.log_joint(np.zeros(2)), "m is a ndarray"),
         (lambda: PROBLEM.predict(torch.zeros(2, dtype=torch.int64)), "m is torch.int64"),
         (lambda: MinibatchProblem(PRIOR, lambda m, index: m, NOISE, None, size=1), "y is None"),
         (lambda: fit(PROBLEM, MeanFieldNormal(PRIOR), ELBO(), steps=1, resume="no"), "resume is 'no'"),
