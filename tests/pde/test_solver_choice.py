@@ -174,6 +174,15 @@ def test_a_factorisation_that_serves_every_call_pays_for_longer(monkeypatch: pyt
 
 @pytest.mark.mpi
 @pytest.mark.usefixtures("always_large")
+@pytest.mark.parametrize("frequency", [1.0, 400.0])
+def test_cg_is_not_for_waves_even_where_it_gets_through(frequency: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a preconditioner that is nearly a factorisation CG converges; which partitions bring that about is chance."""
+    monkeypatch.setattr(solver_choice, "_solves_one", lambda choice, matrix: True)
+    assert choose_solver(scalar(lambda u, m, v: diffusion(u, m, v) - frequency * u * v * ufl.dx), {}).options == LDLT
+
+
+@pytest.mark.mpi
+@pytest.mark.usefixtures("always_large")
 @pytest.mark.parametrize(
     ("F", "options", "clamped"),
     [
