@@ -60,12 +60,12 @@ def test_the_data_are_made_again_from_the_planted_field() -> None:
 
 def test_the_chains_of_the_file_are_long_enough_and_agree_with_the_particles() -> None:
     hmc, smc = stored()["hmc"], stored()["smc"]
-    # R-hat 1.01 and 5,000 draws were wanted. The slowest unknown has a tail to which chains of this length come now and then;
-    # a second set, of other steps and two and a half times as many draws, says how far means and spreads can be trusted.
-    assert hmc["rhat"] < 1.03
-    assert min(hmc["ess_bulk"], hmc["ess_tail"]) > 2000
+    # Reached: 1.003, and 12,000. The slowest unknown has a long tail; a second set of chains, of larger steps and an R-hat of 1.02,
+    # must agree.
+    assert hmc["rhat"] < 1.01
+    assert min(hmc["ess_bulk"], hmc["ess_tail"]) > 5000
     again = stored()["again"]
-    assert (np.abs(np.array(again["mean"]) - hmc["mean"]) < 0.06 * np.array(hmc["sd"])).all()
+    assert (np.abs(np.array(again["mean"]) - hmc["mean"]) < 0.05 * np.array(hmc["sd"])).all()
     np.testing.assert_allclose(again["sd"], hmc["sd"], rtol=0.06)
     assert smc["error"] < 0.2
     levels, quantiles = np.array(hmc["levels"]), np.array(hmc["quantiles"])
