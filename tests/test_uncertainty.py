@@ -60,8 +60,8 @@ def test_the_data_are_made_again_from_the_planted_field() -> None:
 
 def test_the_chains_of_the_file_are_long_enough_and_agree_with_the_particles() -> None:
     hmc, smc = stored()["hmc"], stored()["smc"]
-    # Reached: 1.003, and 12,000. The slowest unknown has a long tail; a second set of chains, of larger steps and an R-hat of 1.02,
-    # must agree.
+    # Reached: 1.003, and 12,000. The slowest unknown has a long tail; a second set of chains must agree, of larger steps and an
+    # R-hat of 1.02.
     assert hmc["rhat"] < 1.01
     assert min(hmc["ess_bulk"], hmc["ess_tail"]) > 5000
     again = stored()["again"]
