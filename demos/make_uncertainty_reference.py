@@ -51,9 +51,9 @@ def by_hmc(
     problem: fem_vi.InverseProblem,
     normal: fem_vi.FullRankNormal,
     *,
-    kernel: fem_vi.HMC = fem_vi.HMC(most_rotations=12),  # noqa: B008 - frozen
-    draws: int = 256,
-    warmup: int = 64,
+    kernel: fem_vi.HMC = fem_vi.HMC(step_size=0.12),  # noqa: B008 - frozen
+    draws: int = 768,
+    warmup: int = 128,
 ) -> dict[str, Any]:
     """Long chains: moments, quantiles, and what they are worth."""
     chains = 64
