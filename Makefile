@@ -30,7 +30,8 @@ test-2 test-3: test-%:
 
 test-demos:
 	@echo "Demos on 1 and 2 ranks"
-	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) -n 2 tests/test_demos.py
+	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) -n 2 tests/test_demos.py -k "not two_ranks"
+	@$(RUN) timeout --kill-after=10 1800 $(PYTEST) tests/test_demos.py -k two_ranks
 
 test-long:  ## the tests that take minutes, all rows on 3 ranks
 	@$(RUN) timeout --kill-after=10 7200 $(PYTEST) -m long
@@ -38,8 +39,8 @@ test-long:  ## the tests that take minutes, all rows on 3 ranks
 	@$(MPI) 3 $(PYTEST) -m "mpi"
 
 # Ranks that wait leave the core to those that work: there may be more of them than cores.
-test test-1 test-2 test-3 test-demos test-long: export OMPI_MCA_mpi_yield_when_idle = 1
-test test-1 test-2 test-3 test-demos test-long: export OMPI_MCA_threads_pthreads_yield_strategy = nanosleep
+test-2 test-3 test-long: export OMPI_MCA_mpi_yield_when_idle = 1
+test-2 test-3 test-long: export OMPI_MCA_threads_pthreads_yield_strategy = nanosleep
 
 bench:  ## benchmarks, against floors and other packages; for a quiet machine
 	@for each in tests/benchmarks/bench_*.py; do $(RUN) python3 -m tests.benchmarks.$$(basename $$each .py) || exit 1; done

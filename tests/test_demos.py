@@ -16,21 +16,26 @@ QUICK = {"demo_aquifer", "demo_heat_sink", "demo_linear_gaussian"}
 
 
 @pytest.mark.timeout(650)
+@pytest.mark.parametrize("demo", DEMOS, ids=[demo.stem for demo in DEMOS])
+def test_demo(demo: Path, tmp_path: Path) -> None:
+    run(demo, [], tmp_path)
+
+
+@pytest.mark.timeout(650)
 @pytest.mark.parametrize(
-    ("demo", "ranks"),
-    [
-        pytest.param(demo, ranks, id=f"{demo.stem}-{ranks}", marks=[pytest.mark.long] * (ranks > 1 and demo.stem not in QUICK))
-        for demo in DEMOS
-        for ranks in (1, 2)
-    ],
+    "demo", [pytest.param(demo, id=demo.stem, marks=[pytest.mark.long] * (demo.stem not in QUICK)) for demo in DEMOS]
 )
-def test_demo(demo: Path, ranks: int, tmp_path: Path) -> None:
+def test_demo_on_two_ranks(demo: Path, tmp_path: Path) -> None:
+    run(demo, ["mpirun", "-n", "2"], tmp_path)
+
+
+def run(demo: Path, launch: list[str], folder: Path) -> None:
+    """Run a demo in a folder, by itself or by a launcher."""
     path = os.pathsep.join([str(demo.parent), *filter(None, [os.environ.get("PYTHONPATH")])])  # demos may share parts
-    launch = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
     # This process has initialised MPI, which leaves variables that mpirun would take for its own: os.environ has none of them.
     done = subprocess.run(
         [*launch, sys.executable, "-P", str(demo)],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": path},
         timeout=600,
         capture_output=True,
