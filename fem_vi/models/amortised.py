@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from fem_vi.arguments import instance
-from fem_vi.errors import InvalidInput, RunFolderError
-from fem_vi.output import read_tensors, write_tensors
+from fem_vi.models.model_file import read_model, write_model
 from fem_vi.parallel import raise_on_all
 from fem_vi.vi.encoder.encoder import Encoder
 from fem_vi.vi.fit import fit
@@ -18,10 +17,9 @@ from fem_vi.vi.objective import ELBO, Objective
 from fem_vi.vi.posterior.amortised import Amortised, AmortisedDistribution, LatentCorrection, Refined
 from fem_vi.vi.posterior.heads import FullHead, Head
 from fem_vi.vi.problem import InverseProblem
-from fem_vi.vi.run import Run, describe_problem, differing
+from fem_vi.vi.run import Run, describe_problem
 from fem_vi.vi.sensors import AllSensors, Data, Sensors
 from fem_vi.vi.start import PresentParameters
-from fem_vi.vi.state import gather_parameters, scatter_parameters
 
 
 class AmortisedInversion(Amortised):
@@ -157,12 +155,7 @@ class AmortisedInversion(Amortised):
 
         MPI: Collective; rank 0 writes.
         """
-        tensors, comm = gather_parameters(self, self.prior), self.prior.comm
-        with raise_on_all(comm):
-            if comm.rank == 0:
-                target = _checked_name(path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_tensors(target, tensors, {"model": type(self).__name__, "problem": self._described()})
+        write_model(path, self, self._about(), self.prior.comm)
 
     def load(self, path: str | Path) -> None:
         """Take the network that `save` wrote; this model must have been built with the same parts.
@@ -172,18 +165,8 @@ class AmortisedInversion(Amortised):
 
         MPI: Collective.
         """
-        with raise_on_all(self.prior.comm):
-            tensors, about = read_tensors(_checked_name(path))
-            difference = differing(about.get("problem"), self._described())
-            if difference is not None:
-                raise RunFolderError(f"{path} is a network for another problem: they differ in {difference}.")
-        scatter_parameters(self, self.prior, tensors)
+        read_model(path, self, self._about(), self.prior.comm)
 
-    def _described(self) -> dict[str, Any]:
-        return {name: value for name, value in describe_problem(self.problem).items() if name not in ("data", "noise")}
-
-
-def _checked_name(path: str | Path) -> Path:
-    if Path(path).suffix != ".safetensors":
-        raise InvalidInput(f"{path} must end in .safetensors.")
-    return Path(path)
+    def _about(self) -> dict[str, Any]:
+        problem = {name: value for name, value in describe_problem(self.problem).items() if name not in ("data", "noise")}
+        return {"model": type(self).__name__, **problem}

@@ -10,27 +10,29 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from fem_vi.errors import RunFolderError
+from fem_vi.errors import InvalidInput, RunFolderError
 from fem_vi.output import read_tensors, write_tensors
 from fem_vi.parallel import raise_on_all
+from fem_vi.vi.run import differing
 
 
 def write_model(path: str | Path, model: nn.Module, about: Mapping[str, Any], comm: MPI.Comm) -> None:
     """Write the parameters and buffers of a replicated model.
 
     Args:
-        path: The .safetensors file; what `about` says goes to the .json beside it.
+        path: The .safetensors file, with that suffix or without one; what `about` says goes to the .json beside it.
         model: Its `state_dict`.
         about: What must be the same when it is read.
         comm: Rank 0 of it writes.
 
     Raises:
+        InvalidInput: Where the path has another suffix.
         RunFolderError: Where a file cannot be written.
 
     MPI: Collective.
     """
-    target = Path(path).with_suffix(".safetensors")
     with raise_on_all(comm):
+        target = _file(path)
         if comm.rank == 0:
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,14 +50,12 @@ def read_model(path: str | Path, model: nn.Module, about: Mapping[str, Any], com
 
     MPI: Collective; all ranks read.
     """
-    source = Path(path).with_suffix(".safetensors")
     with raise_on_all(comm):
+        source = _file(path)
         tensors, written = read_tensors(source)
-        there = written.get("about")
-        known = there if isinstance(there, dict) else {}
-        for name, value in about.items():
-            if known.get(name) != value:
-                raise RunFolderError(f"{source} is of a model with {name} {known.get(name)!r}; this one has {value!r}.")
+        difference = differing(written.get("about"), about)
+        if difference is not None:
+            raise RunFolderError(f"{source} is of another model: they differ in {difference}.")
         state = model.state_dict()
         if set(state) != set(tensors):
             raise RunFolderError(f"{source} holds {sorted(tensors)}; this model has {sorted(state)}. Are its networks others?")
@@ -64,3 +64,9 @@ def read_model(path: str | Path, model: nn.Module, about: Mapping[str, Any], com
                 raise RunFolderError(f"{source}: {name} has shape {tuple(tensors[name].shape)}; expected {tuple(value.shape)}.")
         for name, value in state.items():
             value.copy_(tensors[name])
+
+
+def _file(path: str | Path) -> Path:
+    if Path(path).suffix not in ("", ".safetensors"):
+        raise InvalidInput(f"{path} must end in .safetensors.")
+    return Path(path).with_suffix(".safetensors")

@@ -283,15 +283,7 @@ class PDDLVM(nn.Module):
         }
 
     def _describe(self, eps: Eps) -> dict[str, Any]:
-        return {
-            "model": type(self).__name__,
-            "prior": repr(self.prior),
-            "unknowns": self.prior.num_global,
-            "coordinates": self.state.size,
-            "order": self.state.order,
-            "eps": repr(eps),
-            "measure": type(self.measure).__name__,
-        }
+        return {**self.about(), "prior": repr(self.prior), "eps": repr(eps)}
 
 
 @torch.no_grad()

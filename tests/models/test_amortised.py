@@ -306,10 +306,10 @@ def test_saved_and_loaded(tmp_path, unsupervised):
     _, y = simulated(5)
     assert torch.equal(fresh.posterior(y).mean, unsupervised.posterior(y).mean)
     other = AmortisedInversion(AFFINE.problem(), DenseEncoder(3, hidden=(8,)))
-    with pytest.raises(RunFolderError, match="the stored posterior has"):
+    with pytest.raises(RunFolderError, match="this model has"):
         other.load(tmp_path / "there" / "network.safetensors")
     elsewhere = AmortisedInversion(Affine.create(num_data=4).problem(), DenseEncoder(4, hidden=()))
-    with pytest.raises(RunFolderError, match="another problem: they differ in num_data"):
+    with pytest.raises(RunFolderError, match="another model: they differ in num_data"):
         elsewhere.load(tmp_path / "there" / "network.safetensors")
     with pytest.raises(InvalidInput, match=r"must end in .safetensors"):
         fresh.save(tmp_path / "network.pt")

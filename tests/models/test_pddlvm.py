@@ -365,7 +365,7 @@ def test_a_damaged_file_or_one_of_another_model_is_refused(tmp_path: Path) -> No
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rod = Rod.create()
     other = PDDLVM(rod.pde, prior=rod.source_prior(), inputs=of_source, forward=HEADS["full"]())
-    with pytest.raises(RunFolderError, match="unknowns 3; this one has 2"):
+    with pytest.raises(RunFolderError, match=r"unknowns \(3 there, 2 here\)"):
         other.load(tmp_path / "model")
     with pytest.raises(RunFolderError, match=r"cannot be read"):
         model.load(tmp_path / "nothing")
