@@ -38,12 +38,12 @@ from fem_vi.vi.real_tensor import real_tensor
 
 @dataclass(frozen=True)
 class FromNetwork:
-    """P(u | z) is what the forward network says; it is held constant, and neither residuals nor determinants are evaluated."""
+    """The forward network says what p(u | z) is; it is held constant, and neither residuals nor determinants are evaluated."""
 
 
 @dataclass(frozen=True)
 class FromResidual:
-    """P(u | z) is what the residual says; the forward network, unless frozen, learns on, at the z that data point to.
+    """The residual says what p(u | z) is; the forward network, unless frozen, learns on, at the z that data point to.
 
     Attributes:
         correction: `Uncorrected()` or `WithLogdet(method)`.
@@ -148,11 +148,11 @@ class DataStage(nn.Module):
         self.problem = RecordedData(model.prior, model.cost, y, about)
 
     def forward(self, y: Tensor) -> Distribution:
-        """Q(z | y), over whitened z; see `posterior`."""
+        """The distribution q(z | y), over whitened z; see `posterior`."""
         return self.encoder(y)
 
     def posterior(self, y: Tensor) -> Distribution:
-        """Q(z | y), over whitened z, for data that need not have been recorded.
+        """The distribution q(z | y), over whitened z, for data that need not have been recorded.
 
         Args:
             y: `(*batch, num_data)`.

@@ -21,7 +21,7 @@ class Plain:
     """
 
     def create(self, residual: Residual) -> ResidualFunction:
-        """R(u, *inputs)."""
+        """The function r(u, *inputs)."""
         return residual
 
 
