@@ -17,7 +17,7 @@ from fem_vi.vi.objective import ELBO, Objective
 from fem_vi.vi.posterior.amortised import Amortised, AmortisedDistribution, LatentCorrection, Refined
 from fem_vi.vi.posterior.heads import FullHead, Head
 from fem_vi.vi.problem import InverseProblem
-from fem_vi.vi.run import Run, describe_problem
+from fem_vi.vi.run import Run
 from fem_vi.vi.sensors import AllSensors, Data, Sensors
 from fem_vi.vi.start import PresentParameters
 
@@ -168,5 +168,5 @@ class AmortisedInversion(Amortised):
         read_model(path, self, self._about(), self.prior.comm)
 
     def _about(self) -> dict[str, Any]:
-        problem = {name: value for name, value in describe_problem(self.problem).items() if name not in ("data", "noise")}
+        problem = {name: value for name, value in self.problem.describe().items() if name not in ("data", "noise")}
         return {"model": type(self).__name__, **problem}

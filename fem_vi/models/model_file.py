@@ -13,7 +13,7 @@ from torch import nn
 from fem_vi.errors import InvalidInput, RunFolderError
 from fem_vi.output import read_tensors, write_tensors
 from fem_vi.parallel import raise_on_all
-from fem_vi.vi.run import differing
+from fem_vi.vi.description import differing
 
 
 def write_model(path: str | Path, model: nn.Module, about: Mapping[str, Any], comm: MPI.Comm) -> None:

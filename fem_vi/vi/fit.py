@@ -27,6 +27,7 @@ from fem_vi.output import (
     write_tensors,
 )
 from fem_vi.parallel import agree_on_error, all_values, raise_on_all, shared_seed
+from fem_vi.vi.description import differing, name_of
 from fem_vi.vi.interrupt import noted_signals
 from fem_vi.vi.lbfgs import LBFGS
 from fem_vi.vi.minibatch import MinibatchProblem
@@ -41,10 +42,7 @@ from fem_vi.vi.run import (
     Row,
     Run,
     describe_forward,
-    describe_problem,
     describe_versions,
-    differing,
-    name_of,
     rows_of,
 )
 from fem_vi.vi.session import Session, make_checkpoint, take_checkpoint
@@ -61,7 +59,7 @@ EXACT = 1e-4
 
 
 def fit(
-    problem: InverseProblem | Problem,
+    problem: Problem,
     posterior: nn.Module,
     objective: Objective,
     *,
@@ -116,7 +114,7 @@ def fit(
 
     MPI: Collective. Rank 0 writes; `path` must be on a file system that all ranks see.
     """
-    instance("problem", problem, InverseProblem, Problem)
+    instance("problem", problem, Problem)
     comm = problem.prior.comm
     with raise_on_all(comm):
         instance("posterior", posterior, nn.Module)
@@ -174,7 +172,7 @@ def fit(
 
 def _create(
     optimizer: OptimizerFactory | NaturalGradient | LBFGS,
-    problem: Problem | InverseProblem,
+    problem: Problem,
     posterior: nn.Module,
     objective: Objective,
 ) -> torch.optim.Optimizer:
@@ -187,7 +185,7 @@ def _create(
         return optimizer(posterior.parameters())
 
 
-def _check_same_on_all_ranks(problem: InverseProblem | Problem, posterior: nn.Module, given: Mapping[str, object]) -> None:
+def _check_same_on_all_ranks(problem: Problem, posterior: nn.Module, given: Mapping[str, object]) -> None:
     """Raise on all ranks where they were given different arguments, which would leave some waiting for others. Collective."""
     comm = problem.prior.comm
     own = {name: name_of(value) for name, value in given.items()}
@@ -205,7 +203,7 @@ def _check_same_on_all_ranks(problem: InverseProblem | Problem, posterior: nn.Mo
 
 
 def _stored_start(
-    problem: InverseProblem | Problem, posterior: nn.Module, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
+    problem: Problem, posterior: nn.Module, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
 ) -> GaussNewton | NewtonCG | PresentParameters:
     """The start that the run in a folder chose by default; `begin` where there is no such run. Collective.
 
@@ -233,7 +231,7 @@ def _describe(session: Session, choices: Mapping[str, object], seed: int) -> dic
         "seed": seed,
         "ranks": prior.comm.size,
         "versions": describe_versions(),
-        "problem": describe_problem(session.problem),
+        "problem": session.problem.describe(),
         "posterior": {"family": type(posterior).__name__, "parameters": shapes},
     }
 

@@ -14,6 +14,7 @@ from fem_vi.arguments import instance
 from fem_vi.bridge.layout import all_sum, check_last_axis
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all
+from fem_vi.vi.description import name_of, sketch
 from fem_vi.vi.predicted import num_predicted
 from fem_vi.vi.prior import FieldPrior, check_prior
 from fem_vi.vi.real_tensor import real_tensor
@@ -107,6 +108,18 @@ class InverseProblem:
         self.likelihood = likelihood
         self.y = _checked_data(prior, likelihood, y)
         self.cost = Cost()
+
+    def describe(self) -> dict[str, Any]:
+        """Prior, likelihood and data, for config.json."""
+        noise = _tensors(self.likelihood)
+        return {
+            "prior": name_of(self.prior),
+            "unknowns": self.prior.num_global,
+            "likelihood": name_of(self.likelihood),
+            "num_data": len(self.y),
+            "data": sketch(self.y),
+            "noise": sketch(torch.cat(noise)) if noise else None,
+        }
 
     def predict(self, m: Tensor) -> Tensor:
         """Predicted data without noise.
@@ -227,4 +240,15 @@ def _contents(likelihood: object) -> dict[str, tuple[object, ...]]:
         elif isinstance(value, Likelihood):
             found[name] = (type(value).__name__,)
             found |= _contents(value)
+    return found
+
+
+def _tensors(likelihood: object) -> list[Tensor]:
+    """All numbers that a likelihood holds, and likelihoods inside it, flat, in the order of their names."""
+    found: list[Tensor] = []
+    for _, value in sorted(getattr(likelihood, "__dict__", {}).items()):
+        if isinstance(value, Tensor):
+            found.append(value.detach().to("cpu", torch.float64).reshape(-1))
+        elif isinstance(value, Likelihood):
+            found += _tensors(value)
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fem_vi.errors import InvalidInput, RunFolderError, SolveFailed
 from fem_vi.output import Checkpoint
 from fem_vi.vi.objective import Objective, Terms
-from fem_vi.vi.problem import Cost, InverseProblem, Problem
+from fem_vi.vi.problem import Cost, Problem
 from fem_vi.vi.run import Row
 from fem_vi.vi.state import gather_optimizer, gather_parameters, gather_state, scatter_optimizer, scatter_parameters
 from fem_vi.vi.stopping import Best, Last
@@ -39,7 +39,7 @@ class Session:
         best: The best mean ELBO of a window, and the parameters at its end; with `Best` only.
     """
 
-    problem: InverseProblem | Problem
+    problem: Problem
     posterior: nn.Module
     objective: Objective
     optimizer: torch.optim.Optimizer

@@ -27,9 +27,10 @@ from fem_vi.arguments import instance, whole
 from fem_vi.errors import InvalidInput, RunFolderError
 from fem_vi.output import read_json, read_tensors, write_json, write_tensors
 from fem_vi.parallel import agree_on_error, all_values, raise_on_all, shared_seed
+from fem_vi.vi.description import differing
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.randomness import private_generator
-from fem_vi.vi.run import describe_forward, describe_problem, differing
+from fem_vi.vi.run import describe_forward
 
 SOLVED_AT_ONCE = 64
 FORMAT = "fem_vi simulations 1"
@@ -183,7 +184,7 @@ def _prepare(task: _Task) -> None:
     """Make the folder, or see that it is of this problem. Collective over the ranks of the problem."""
     comm, folder = task.problem.prior.comm, task.folder
     assert folder is not None
-    described = describe_problem(task.problem)
+    described = task.problem.describe()
     content: dict[str, Any] = {"format": FORMAT, "seed": task.seed, "shard": task.shard}
     content["problem"] = {name: described[name] for name in ("prior", "unknowns", "num_data")}
     content["problem"]["forward"] = describe_forward(task.problem)

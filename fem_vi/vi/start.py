@@ -190,7 +190,7 @@ def starts_linearised(start: GaussNewton | NewtonCG | PresentParameters, posteri
     return not isinstance(start, PresentParameters) or getattr(posterior, "report", None) is not None
 
 
-def default_start(problem: InverseProblem | Problem, posterior: nn.Module) -> GaussNewton | PresentParameters:
+def default_start(problem: Problem, posterior: nn.Module) -> GaussNewton | PresentParameters:
     """`GaussNewton()` for a new posterior that can use it, of at most 1,000 data; else `PresentParameters()`.
 
     MPI: Collective.
