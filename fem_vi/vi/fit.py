@@ -114,7 +114,7 @@ def fit(
 
     MPI: Collective. Rank 0 writes; `path` must be on a file system that all ranks see.
     """
-    instance("problem", problem, Problem)
+    instance("problem", problem, Problem, way_out="An InverseProblem is one.")
     comm = problem.prior.comm
     with raise_on_all(comm):
         instance("posterior", posterior, nn.Module)
