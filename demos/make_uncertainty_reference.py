@@ -7,6 +7,7 @@ normal gives the evidence. No flow is used, so that flows can be judged by what 
     mpirun -n 4 python demos/make_uncertainty_reference.py hmc   # each writes its part of the file; ranks share the chains out
     mpirun -n 4 python demos/make_uncertainty_reference.py again
     mpirun -n 4 python demos/make_uncertainty_reference.py smc
+    python demos/make_uncertainty_reference.py nuts              # needs pyro-ppl
 """
 
 import argparse
@@ -115,10 +116,34 @@ def by_smc(problem: fem_vi.InverseProblem, normal: fem_vi.FullRankNormal) -> dic
     }
 
 
+def by_nuts(problem: fem_vi.InverseProblem, normal: fem_vi.FullRankNormal) -> dict[str, Any]:
+    """Pyro's NUTS, which moves one chain at a time: fewer chains, and shorter ones."""
+    samples = fem_vi.pyro_nuts(problem, chains=4, draws=750, warmup=400, reference=normal, seed=10)
+    report = samples.report()
+    fem_vi.report(GRID.comm, report)
+    return {
+        "nuts": {
+            "chains": 4,
+            "draws": 750,
+            "warmup": 400,
+            "step_size": samples.step_size,
+            "rhat": report.rhat,
+            "ess_bulk": report.ess_bulk,
+            "ess_tail": report.ess_tail,
+            "solves": samples.cost.solves,
+            "seed": samples.seed,
+            "mean": digits(samples.mean),
+            "sd": digits(samples.variance.sqrt()),
+            "band": digits(torch.quantile(samples.m.flatten(0, 1), torch.tensor(BAND, dtype=torch.float64), dim=0)),
+        }
+    }
+
+
 PARTS: dict[str, Callable[[fem_vi.InverseProblem, fem_vi.FullRankNormal], dict[str, Any]]] = {
     "hmc": by_hmc,
     "again": again,
     "smc": by_smc,
+    "nuts": by_nuts,
 }
 
 

