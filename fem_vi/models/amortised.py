@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fem_vi.arguments import instance
+from fem_vi.errors import InvalidInput
 from fem_vi.models.model_file import read_model, write_model
 from fem_vi.parallel import raise_on_all
 from fem_vi.vi.encoder.encoder import Encoder
@@ -60,6 +61,8 @@ class AmortisedInversion(Amortised):
         >>> q = model.posterior(y)
     """
 
+    shared = ("prior", "problem")
+
     def __init__(
         self,
         problem: InverseProblem,
@@ -88,10 +91,12 @@ class AmortisedInversion(Amortised):
             A distribution with `batch_shape == batch`.
 
         Raises:
-            InvalidInput: Where y does not fit the encoder.
+            InvalidInput: Where y does not fit the encoder, or is not finite.
 
         MPI: Not collective; drawing samples is.
         """
+        if isinstance(y, torch.Tensor) and not bool(y.isfinite().all()):
+            raise InvalidInput("y contains values that are not finite. Leave missing data out: see RandomSensors and SensorData.")
         return self(y)
 
     def problem_of(self, y: Data) -> InverseProblem:

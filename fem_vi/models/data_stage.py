@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from fem_vi.arguments import instance
+from fem_vi.bridge.layout import check_last_axis
 from fem_vi.bridge.logdet import ExactLogdet, StochasticLogdet
 from fem_vi.errors import InvalidInput
 from fem_vi.models.measure import SolutionUnits
@@ -32,6 +33,7 @@ from fem_vi.models.model_file import read_model, write_model
 from fem_vi.models.pddlvm import PDDLVM, check_network
 from fem_vi.models.recorded_data import RecordedData
 from fem_vi.parallel import raise_on_all
+from fem_vi.vi.posterior.on_mesh import LivesOnMesh
 from fem_vi.vi.problem import Likelihood
 from fem_vi.vi.real_tensor import real_tensor
 
@@ -83,7 +85,7 @@ class WithLogdet:
         instance("WithLogdet: method", self.method, ExactLogdet, StochasticLogdet)
 
 
-class DataStage(nn.Module):
+class DataStage(LivesOnMesh):
     """A PDDLVM after virtual data, with an encoder and a decoder, for recorded data.
 
     Args:
@@ -114,6 +116,7 @@ class DataStage(nn.Module):
     """
 
     fields: tuple[str, ...] = ()
+    shared = ("problem", "observe", "likelihood", "state")
 
     def __init__(
         self,
@@ -127,8 +130,8 @@ class DataStage(nn.Module):
         state: FromNetwork | FromResidual = FromNetwork(),
     ) -> None:
         super().__init__()
+        instance("model", model, PDDLVM)
         with raise_on_all(model.pde.comm):
-            instance("model", model, PDDLVM)
             instance("encoder", encoder, nn.Module)
             instance("decoder", decoder, nn.Module, type(None))
             instance("likelihood", likelihood, Likelihood)
@@ -159,7 +162,11 @@ class DataStage(nn.Module):
 
         Returns:
             A distribution over xi with `event_shape == (num_z,)`, replicated: z is `prior.unwhiten(prior.scatter(xi))`.
+
+        Raises:
+            InvalidInput: Where y has another length.
         """
+        check_last_axis("y", y, self.problem.y.shape[1], "one for each recorded datum.")
         return self.encoder(y)
 
     def predict(self, u: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from fem_vi.arguments import instance
-from fem_vi.bridge.layout import all_sum
+from fem_vi.bridge.layout import OWNED, all_sum, check_last_axis
 from fem_vi.bridge.residual import Residual
 from fem_vi.bridge.state_map import Nodal, ReducedBasis
 from fem_vi.errors import InvalidInput
@@ -37,6 +37,7 @@ from fem_vi.pde.compiled import CompiledKernel
 from fem_vi.pde.kernels import Kernel
 from fem_vi.pde.petsc_options import Option
 from fem_vi.pde.weak_form import WeakForm
+from fem_vi.vi.posterior.on_mesh import LivesOnMesh
 from fem_vi.vi.prior import FieldPrior, check_prior
 from fem_vi.vi.problem import Cost
 from fem_vi.vi.virtual_noise import AnnealedEps, Eps, FixedEps, LearnedEps
@@ -59,7 +60,7 @@ def _alone(z: Tensor) -> Tensor:
     return z
 
 
-class PDDLVM(nn.Module):
+class PDDLVM(LivesOnMesh):
     """A physics-driven deep latent variable model: q_a(u | z) and p_b(z | u) for a weak form, from its residuals.
 
     Networks are modules whose `forward` returns a `Distribution` in float64, such as `nn.Sequential(layers, DiagonalHead(...))`.
@@ -112,6 +113,7 @@ class PDDLVM(nn.Module):
     """
 
     fields: tuple[str, ...] = ()
+    shared = ("pde", "prior", "measure", "cost", "residual", "state", "problem", "_measured", "_inputs")
 
     def __init__(
         self,
@@ -128,9 +130,9 @@ class PDDLVM(nn.Module):
         petsc_options: Mapping[str, Option] | None = None,
     ) -> None:
         super().__init__()
+        instance("pde", pde, WeakForm)
         check_prior(prior)
         with raise_on_all(pde.comm):
-            instance("pde", pde, WeakForm)
             instance("forward", forward, nn.Module)
             instance("inverse", inverse, nn.Module, type(None))
             instance("state", state, Nodal, ReducedBasis)
@@ -181,8 +183,13 @@ class PDDLVM(nn.Module):
         Args:
             z: `(*batch, n_owned)` in the prior's layout.
 
+        Raises:
+            InvalidInput: Where z has another shape.
+
         MPI: Collective.
         """
+        with raise_on_all(self.pde.comm):
+            check_last_axis("z", z, self.prior.event_shape[0], "as the prior has.")
         q = self.coordinates_given(z)
         return FieldMoments(self.state.lift(q.mean, *self.inputs(z)), self.state.deviation(q))
 
@@ -200,12 +207,14 @@ class PDDLVM(nn.Module):
             A distribution over xi with `event_shape == (num_z,)`, replicated: z is `prior.unwhiten(prior.scatter(xi))`.
 
         Raises:
-            InvalidInput: Where the model has no inverse network.
+            InvalidInput: Where the model has no inverse network, or u another shape.
 
         MPI: Collective.
         """
         if self.inverse_network is None:
             raise InvalidInput("invert: the model has no inverse network. Build it with PDDLVM(inverse=...).")
+        with raise_on_all(self.pde.comm):
+            check_last_axis("invert: u", u, self.pde.unknown.size, OWNED)
         return self.inverse_network(self.state.coordinates(u))
 
     # ## Their probabilities
@@ -293,6 +302,8 @@ def check_network(name: str, network: nn.Module, size_in: int, size_out: int) ->
     Raises:
         InvalidInput: Naming it.
     """
+    if any(value.dtype is torch.float32 for value in network.parameters()):
+        raise InvalidInput(f"{name} has parameters in float32; fields are in float64. Give {name}=network.double().")
     q = network(torch.zeros(2, size_in, dtype=torch.float64))
     if not isinstance(q, Distribution):
         raise InvalidInput(f"{name} returned {type(q).__name__}; it must return a torch Distribution. Does it end in a head?")

@@ -74,7 +74,7 @@ class RecordedELBO:
 
         MPI: Collective.
         """
-        if getattr(stage, "problem", None) is not problem:
+        if not isinstance(problem, RecordedData) or getattr(stage, "problem", None) is not problem:
             raise InvalidInput("RecordedELBO is fitted to a stage's own data: fit(stage.problem, stage, RecordedELBO()).")
         y = self._drawn(problem.y)
         path, model, prior = isinstance(self.gradient, PathDerivative), stage.model, problem.prior

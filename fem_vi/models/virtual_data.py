@@ -80,7 +80,7 @@ class VirtualELBO:
 
         MPI: Collective.
         """
-        if getattr(model, "problem", None) is not problem:
+        if not isinstance(problem, VirtualData) or getattr(model, "problem", None) is not problem:
             raise InvalidInput("VirtualELBO is fitted to a model's own virtual data: fit(model.problem, model, VirtualELBO()).")
         z = problem.prior.rsample(torch.Size([self.samples])).detach()
         xi = model.whitened(z)

@@ -82,13 +82,21 @@ class Stored:
 
     def draw(self, problem: InverseProblem) -> Drawn:
         """Data sets for one evaluation, by torch's generator, which the ranks share in `fit`. Collective."""
+        self._check(problem)
         chosen = torch.randint(len(self.simulations), (self.batch,))
         y = problem.likelihood.sample(self.simulations.prediction[chosen])
         return Drawn(y, problem.prior.scatter(self.simulations.xi[chosen]))
 
     def typical(self, problem: InverseProblem) -> Tensor:
         """Up to 4,096 data sets."""
+        self._check(problem)
         return problem.likelihood.sample(self.simulations.prediction[:4096])
+
+    def _check(self, problem: InverseProblem) -> None:
+        """Refuse simulations of another problem, as far as their sizes tell."""
+        unknowns = self.simulations.xi.shape[-1]
+        if unknowns != problem.prior.num_global:
+            raise InvalidInput(f"Stored: the simulations have {unknowns} unknowns; the problem has {problem.prior.num_global}.")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from fem_vi.vi.importance import (
     pareto_smoothed,
     weighted_draws,
 )
+from fem_vi.vi.posterior.member import distribution_of
 from fem_vi.vi.posterior.whitened import closed_form_kl
 from fem_vi.vi.predictive import check_predictions, predictive_verdict
 from fem_vi.vi.problem import InverseProblem
@@ -186,7 +187,7 @@ def diagnose(problem: InverseProblem, posterior: nn.Module, *, samples: int = 10
     draws = weighted_draws(problem, posterior, samples=samples, seed=seed, batch=batch)
     khat, smoothed, log_evidence = pareto_smoothed(draws.log_weights)
     with private_generator(seed), torch.no_grad():
-        kl = closed_form_kl(posterior(), problem.prior)
+        kl = closed_form_kl(distribution_of(posterior), problem.prior)
         check = check_predictions(problem, draws.prediction)
     shift, ratio = _correction(problem, posterior, smoothed, seed=seed, batch=batch)
     ess = effective(smoothed)

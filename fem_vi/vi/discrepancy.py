@@ -16,6 +16,7 @@ from fem_vi.arguments import instance, positive, whole
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.divergence import GivenSamples
 from fem_vi.vi.objective import Terms
+from fem_vi.vi.posterior.member import distribution_of
 from fem_vi.vi.posterior.mixture import MixtureDistribution
 from fem_vi.vi.posterior.whitened import RelativeToPrior
 from fem_vi.vi.problem import InverseProblem
@@ -185,7 +186,7 @@ class SlicedWasserstein:
 
 def _whitened_draws(name: str, problem: InverseProblem, posterior: nn.Module, samples: int) -> Tensor:
     """Draws of xi, `(samples, n_owned)`, differentiable."""
-    q = posterior()
+    q = distribution_of(posterior)
     if isinstance(q, MixtureDistribution):
         raise InvalidInput(f"{name}: draws of a Mixture carry no gradient of its weights. Use ForwardKL(GivenSamples(m)).")
     shape = torch.Size([samples])

@@ -28,6 +28,7 @@ from fem_vi.parallel import raise_on_all
 from fem_vi.vi.draws import Draws, Independent, Noise, take
 from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.objective import PathDerivative, Terms, TotalDerivative, check_noise
+from fem_vi.vi.posterior.member import distribution_of
 from fem_vi.vi.posterior.mixture import MixtureDistribution
 from fem_vi.vi.posterior.whitened import RelativeToPrior
 from fem_vi.vi.prior import FieldPrior
@@ -275,7 +276,7 @@ class ImportanceWeighted:
 
     def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Terms:
         """Estimate the bound; see `ELBO.__call__`. Collective."""
-        if isinstance(posterior(), MixtureDistribution):  # strata within each estimate
+        if isinstance(distribution_of(posterior), MixtureDistribution):  # strata within each estimate
             each = [_draws(problem, posterior, self, self.k) for _ in range(self.batches)]
             draws = Draws(
                 torch.cat([group.m for group in each]),
@@ -294,7 +295,7 @@ Sampled = SelfNormalised | JensenShannon | Renyi | ImportanceWeighted
 def _draws(problem: InverseProblem, posterior: nn.Module, choice: Sampled, samples: int, *, strata: bool = False) -> Draws:
     """The draws that an objective asks for; with the density of a mixture, where its strata know no path derivative."""
     check_whole(type(choice).__name__, problem)
-    q = posterior()
+    q = distribution_of(posterior)
     path = isinstance(choice.gradient, PathDerivative) and (strata or not isinstance(q, MixtureDistribution))
     return take(posterior, problem.prior, samples, noise=choice.noise, path=path, q=q)
 
@@ -347,7 +348,7 @@ def _bound(problem: InverseProblem, draws: Draws, alpha: float, *, groups: int =
 
 def _fit_to_samples(problem: InverseProblem, posterior: nn.Module, m: Tensor) -> Terms:
     """Minus the mean log density of given samples; no forward map."""
-    prior, q = problem.prior, posterior()
+    prior, q = problem.prior, distribution_of(posterior)
     if isinstance(q, RelativeToPrior) and q.prior is prior:
         log_ratio = q.log_ratio(prior.whiten(m))
     else:

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import shared_seed
+from fem_vi.vi.posterior.member import distribution_of
 from fem_vi.vi.posterior.mixture import MixtureDistribution
 from fem_vi.vi.posterior.whitened import RelativeToPrior
 from fem_vi.vi.prior import FieldPrior
@@ -144,7 +145,7 @@ def take(
 
     MPI: Collective.
     """
-    q = posterior() if q is None else q
+    q = distribution_of(posterior) if q is None else q
     equal = torch.full((samples,), 1.0 / samples, dtype=torch.float64)
     if isinstance(q, RelativeToPrior) and q.prior is prior:
         if isinstance(q, WeighsWhatItDraws) and not (path and q.weighs_cheaply):

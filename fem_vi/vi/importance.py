@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fem_vi.arguments import instance, whole
 from fem_vi.parallel import raise_on_all, shared_seed
 from fem_vi.vi.objective import draw
+from fem_vi.vi.posterior.member import distribution_of
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.randomness import private_generator
 
@@ -127,7 +128,7 @@ def weighted_draws(problem: InverseProblem, posterior: nn.Module, *, samples: in
     """Draw, solve, and weigh. Collective."""
     weights, ratios, predictions = [], [], []
     with private_generator(seed):
-        q = posterior()
+        q = distribution_of(posterior)
         for first in range(0, samples, batch):
             m, log_ratio = draw(q, problem.prior, min(batch, samples - first))
             prediction = problem.predict(m)
@@ -158,7 +159,7 @@ def moments(
     first = None
     plain, squared = (torch.zeros(3, *problem.prior.event_shape, dtype=torch.float64) for _ in range(2))
     with private_generator(seed):
-        q = posterior()
+        q = distribution_of(posterior)
         for start in range(0, len(weights), batch):
             m, _ = draw(q, problem.prior, min(batch, len(weights) - start))
             first = m.mean(0) if first is None else first  # near the mean, so that squares lose no digits

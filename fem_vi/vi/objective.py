@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fem_vi.arguments import instance, whole
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.draws import Antithetic, Draws, Independent, Noise, QuasiMonteCarlo, draw, frozen, take
+from fem_vi.vi.posterior.member import distribution_of
 from fem_vi.vi.posterior.whitened import closed_form_kl
 from fem_vi.vi.problem import InverseProblem
 
@@ -138,7 +139,7 @@ class ELBO:
 
         MPI: Collective.
         """
-        q = posterior()
+        q = distribution_of(posterior)
         kl = closed_form_kl(q, problem.prior)
         if isinstance(self.gradient, AnalyticKL) and kl is None:
             name = type(q).__name__

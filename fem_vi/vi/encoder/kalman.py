@@ -66,6 +66,7 @@ class KalmanEncoder(Encoder):
     ) -> None:
         instance("problem", problem, InverseProblem)
         instance("simulations", simulations, Simulations)
+        instance("hidden", hidden, Sequence)
         n = simulations.xi.shape[1]
         if n > MOST_UNKNOWNS:
             raise InvalidInput(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from fem_vi.arguments import instance
+from fem_vi.arguments import described, instance
 from fem_vi.bridge.layout import all_sum
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import raise_on_all, shared_seed
@@ -136,7 +137,7 @@ class Amortised(FamilyOverPrior):
         with raise_on_all(prior.comm):
             instance("encoder", encoder, Encoder)
             instance("head", head, Callable)  # type: ignore[arg-type]
-            made = head(encoder.num_features, prior.num_global)
+            made = _made(head, encoder.num_features, prior.num_global)
             instance("head: what it makes", made, Head)
         self.encoder = encoder
         self.head = made
@@ -227,6 +228,16 @@ class LatentCorrection(FamilyOverPrior):
     def default_optimizer(self) -> Adam:
         """Adam with steps in units of the network's standard deviations."""
         return Adam(lr=0.02)
+
+
+def _made(head: Callable[[int, int], Head], num_features: int, size: int) -> Head:
+    try:
+        inspect.signature(head).bind(num_features, size)
+    except TypeError as error:
+        raise InvalidInput(
+            f"head is {described(head)}; it must be a head, or make one of (num_features, size): {error}."
+        ) from error
+    return head(num_features, size)
 
 
 def in_frame(frame: Frame | None, q: Distribution) -> Distribution:

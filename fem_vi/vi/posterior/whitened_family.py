@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, NoReturn, SupportsIndex
-
 import torch
 from torch import nn
 
-from fem_vi.errors import InvalidInput
+from fem_vi.vi.posterior.on_mesh import LivesOnMesh
 from fem_vi.vi.posterior.whitened import WhitenedNormal
 from fem_vi.vi.prior import FieldPrior, check_prior
 from fem_vi.vi.start import Linearisation
 
 
-class FamilyOverPrior(nn.Module):
+class FamilyOverPrior(LivesOnMesh):
     """A module whose `forward()` is a distribution relative to a prior.
 
     A deep copy has parameters of its own and shares the prior. A pickle is refused.
@@ -31,23 +28,12 @@ class FamilyOverPrior(nn.Module):
     MPI: Not collective.
     """
 
+    shared: tuple[str, ...] = ("prior",)  # a divergence is closed between a q and its own prior
+
     def __init__(self, prior: FieldPrior) -> None:
         super().__init__()
         check_prior(prior)
         self.prior = prior
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FamilyOverPrior:
-        memo[id(self.prior)] = self.prior  # solvers on a mesh; and a divergence is closed between a q and its own prior
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise InvalidInput(
-            f"a {type(self).__name__} cannot be pickled: its prior holds solvers that live on a mesh. Save its state_dict(), and "
-            "load that with load_state_dict() into a new one. For a copy in this process use copy.deepcopy."
-        )
 
 
 class WhitenedFamily(FamilyOverPrior):
