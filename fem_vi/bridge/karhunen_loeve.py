@@ -186,7 +186,8 @@ class KarhunenLoeveField(GaussianVector):
         """
         with raise_on_all(self.comm):
             check_last_axis("KarhunenLoeveField: xi", xi, self.num_global, "one for each mode.")
-        return self.field_mean + localise(xi * self.eigenvalues.sqrt(), self.comm) @ self.modes
+        c = localise(xi * self.eigenvalues.sqrt(), self.comm)
+        return torch.addmm(self.field_mean, c, self.modes) if c.ndim == 2 else self.field_mean + c @ self.modes
 
     def coefficients(self, m: Tensor) -> Tensor:
         """The coefficients of the projection of fields onto the modes: of `field(xi)`, xi.
