@@ -85,5 +85,5 @@ def check_finite(name: str, inputs: Sequence[Tensor], expected: Sequence[Argumen
 
 def is_finite(x: Array) -> bool:
     """Whether all entries are finite. A finite sum of squares says so at once; one that is not may have overflowed."""
-    flat = x.ravel()
+    flat = x.ravel(order="K")
     return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(x).all())

@@ -313,6 +313,10 @@ class BatchedResidual(BatchedOperator):
     def _name(self) -> str:
         return "Residual"
 
+    @property
+    def _takes_columns(self) -> bool:
+        return self._kernel.takes_columns
+
     def _check_state(self) -> None:
         self.pde.check_fixed()
 
@@ -326,7 +330,7 @@ class BatchedResidual(BatchedOperator):
     def _prescribe(self, out: Array, at: Samples, fixed: Array | float) -> None:
         """Write u - h to the rows of prescribed dofs: for values with what is fixed of h, for tangents without."""
         boundary, rows = self.pde.boundary, at.rows[0]
-        u = at.values[0].take(boundary.owned, axis=1) - fixed
+        u = at.values[0][:, boundary.owned] - fixed
         out[:, boundary.owned] = u if len(u) == len(rows) else u[rows]  # as many rows as samples: each has its own
         for source in boundary.sources:
             dofs, entries = source.owned
@@ -334,7 +338,7 @@ class BatchedResidual(BatchedOperator):
 
     def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
         owned = self.pde.boundary.owned
-        lam = g.copy()
+        lam = g.copy(order="K")
         lam[:, owned] = 0.0
         self._kernel.vjp(Samples(flat, call.rows), lam, grads)
         if grads[0] is not None:

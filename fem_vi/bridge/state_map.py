@@ -17,6 +17,7 @@ from torch.distributions import Distribution
 
 from fem_vi.arguments import positive
 from fem_vi.bridge.layout import all_sum, localise
+from fem_vi.bridge.modes import combine
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all
 from fem_vi.pde.fields import node_names
@@ -127,10 +128,7 @@ class _ReducedMap(_Map):
 
     def lift(self, c: Tensor, *inputs: Tensor) -> Tensor:
         own = localise(c, self.comm)
-        if self._is_linear:
-            return own @ self._modes
-        rest = self._prescribed(inputs)
-        return torch.addmm(rest, own, self._modes) if own.ndim == 2 else own @ self._modes + rest
+        return combine(own, self._modes, None if self._is_linear else self._prescribed(inputs))
 
     def coordinates(self, u: Tensor) -> Tensor:
         moments = all_sum((u - self._base) @ self._modes.T, self.comm)

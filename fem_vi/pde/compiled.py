@@ -14,7 +14,7 @@ from dolfinx import fem
 
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde._compat_ffcx import ENTITY_WIDTHS
-from fem_vi.pde.batch_form import BatchForm, KernelMesh, Values
+from fem_vi.pde.batch_form import BatchForm, KernelMesh, Values, zeros_like
 from fem_vi.pde.block_gradient import block_gradient
 from fem_vi.pde.coordinates import CoordinateInput
 from fem_vi.pde.inputs import Array
@@ -77,6 +77,8 @@ def _check(pde: WeakForm) -> None:
 
 
 class _CompiledResidual(BatchKernel):
+    takes_columns = True
+
     def __init__(self, pde: WeakForm, num_threads: int) -> None:
         _check(pde)
         self._pde = pde
@@ -123,7 +125,7 @@ class _CompiledResidual(BatchKernel):
         return values
 
     def residual(self, at: Samples) -> Array:
-        out = np.zeros((at.num, self._pde.unknown.size))
+        out = zeros_like(at.values[0], (at.num, self._pde.unknown.size))
         if self._residual is not None:
             self._residual.add(at.num, self._values(at), [Values(out, np.arange(at.num))])
         return out
@@ -135,7 +137,7 @@ class _CompiledResidual(BatchKernel):
         self._add(at, self._gradients[wanted], self._values(at, lam=lam), grads)
 
     def jvp(self, at: Samples, tangents: Sequence[Array]) -> Array:
-        out = np.zeros((at.num, self._pde.unknown.size))
+        out = zeros_like(at.values[0], (at.num, self._pde.unknown.size))
         if self._jvp is not None:
             self._jvp.add(at.num, self._values(at, tangents), [Values(out, np.arange(at.num))])
         return out

@@ -19,6 +19,7 @@ from fem_vi.pde.lane_runtime import HEAD, TAIL, scalar_function, vector_function
 _TWO_ARGUMENTS = ("pow", "atan2")
 _OF_THE_RUNTIME = {"sqrt", "fabs", "fmin", "fmax", "exp"}
 _BESSEL = ("jn", "yn")
+_PARAMETERS = "const Job *job, const Lanes *x, const Lanes *y, int64_t count"
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def source(codes: Sequence[IntegralCode], plan: Plan) -> str:
     num_in = len(contents.read) + (plan.num_constants > 0)
     head = [f"#define NUM_IN {num_in}", f"#define NUM_OUT {len(plan.blocks)}", HEAD]
     head.append(f"const char *const fem_vi_contents = {json.dumps(contents.spelled())};\n")
-    calls = "".join(f"  integrate_{number}(job, X, Y);\n" for number in range(len(codes)))
-    integrate = f"static void integrate(const Job *job, vec *const *X, vec *const *Y)\n{{\n{calls}}}\n"
+    calls = "".join(f"  integrate_{number}(job, x, y, count);\n" for number in range(len(codes)))
+    integrate = f"static void integrate({_PARAMETERS})\n{{\n{calls}}}\n"
     maths = [_mathematics(name) for name in sorted(functions - _OF_THE_RUNTIME)]
     return "\n".join([*head, *maths, *loops, integrate, TAIL])
 
@@ -140,7 +141,7 @@ def _tabulate(number: int, body: str, plan: Plan) -> str:
 
 
 def _loop(number: int, code: IntegralCode, plan: Plan, read: Sequence[int]) -> str:
-    """The loop over the entities of one integral."""
+    """The loop over the entities of one integral, and inside it that over blocks, which all see the same geometry."""
     sides = 2 if code.kind == "interior_facet" else 1
     nodes, width = plan.geometry_nodes, ENTITY_WIDTHS[code.kind]
     cells = [f"entity[{2 * side}]" for side in range(sides)]
@@ -150,20 +151,21 @@ def _loop(number: int, code: IntegralCode, plan: Plan, read: Sequence[int]) -> s
         for cell, facet in zip(cells, facets, strict=True)
     ]
     lines = [
-        f"static void integrate_{number}(const Job *job, vec *const *X, vec *const *Y)\n{{",
+        f"static void integrate_{number}({_PARAMETERS})\n{{",
         f"  const Entities *where = job->entities + {number};",
-        *_constants(plan, len(read)),
         "  for (int64_t n = 0; n < where->num; ++n) {",
         f"    const int32_t *entity = where->list + {width} * n;",
         f"    double cell_x[{3 * nodes * sides}];",
         *(f"    load_geometry(cell_x + {3 * nodes * side}, job, {cell}, {nodes});" for side, cell in enumerate(cells)),
         f"    const int facet[] = {{{', '.join(facets)}}};",
         f"    const uint8_t permutation[] = {{{', '.join(permutations)}}};",
-        f"    vec w[{max(1, _extent(code, plan, sides))}], A[{code.size}] = {{}};",
+        "    for (int64_t b = 0; b < count; ++b) {",
+        *_constants(plan, len(read)),
+        f"      vec w[{max(1, _extent(code, plan, sides))}], A[{code.size}] = {{}};",
         *_gather(code, plan, cells, read),
-        f"    tabulate_{number}(A, w, {'c' if plan.num_constants else '0'}, cell_x, facet, permutation);",
+        f"      tabulate_{number}(A, w, {'c' if plan.num_constants else '0'}, cell_x, facet, permutation);",
         *_scatter(plan, cells),
-        "  }\n}\n",
+        "    }\n  }\n}\n",
     ]
     return "\n".join(lines)
 
@@ -176,13 +178,12 @@ def _constants(plan: Plan, position: int) -> list[str]:
     """The Constants, which no cell changes."""
     if not plan.num_constants:
         return []
-    count = plan.num_constants
+    given = f"job->in[{position}]"
     if not plan.constants_vary:
-        return [f"  const double *c = job->in[{position}].owned;"]
+        return [f"      const double *c = {given}.owned;"]
     return [
-        f"  vec c[{count}];",
-        f"  for (int i = 0; i < {count}; ++i)",
-        f"    c[i] = job->in[{position}].rows ? X[{position}][i] : spread(job->in[{position}].owned[i]);",
+        f"      vec c[{plan.num_constants}];",
+        f"      load(c, &{given}, x[{position}], b, 0, 1, {plan.num_constants}, 0);",
     ]
 
 
@@ -192,7 +193,7 @@ def _gather(code: IntegralCode, plan: Plan, cells: Sequence[str], read: Sequence
         layout = plan.coefficients[given]
         for side, cell in enumerate(cells if given in code.offsets else ()):
             begin = code.offsets[given] + side * layout.size
-            lines.append(f"    load(w + {begin}, job->in + {number}, X[{number}], {cell}, {_shape(layout)});")
+            lines.append(f"      load(w + {begin}, job->in + {number}, x[{number}], b, {cell}, {_shape(layout)});")
     return lines
 
 
@@ -200,7 +201,7 @@ def _scatter(plan: Plan, cells: Sequence[str]) -> list[str]:
     lines, begin = [], 0
     for cell in cells:
         for position, layout in enumerate(plan.blocks):
-            lines.append(f"    store(A + {begin}, job->out + {position}, Y[{position}], {cell}, {_shape(layout)});")
+            lines.append(f"      store(A + {begin}, job->out + {position}, y[{position}], b, {cell}, {_shape(layout)});")
             begin += layout.size
     return lines
 
