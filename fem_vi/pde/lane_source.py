@@ -19,7 +19,10 @@ from fem_vi.pde.lane_runtime import HEAD, TAIL, scalar_function, vector_function
 _TWO_ARGUMENTS = ("pow", "atan2")
 _OF_THE_RUNTIME = {"sqrt", "fabs", "fmin", "fmax", "exp"}
 _BESSEL = ("jn", "yn")
-_PARAMETERS = "const Job *job, const Lanes *x, const Lanes *y, int64_t count"
+_SHORT = 150  # lines of a function body of which the compiler is asked for two versions
+_PARAMETERS = "const Job *job, const Lanes *x, const Lanes *y"
+_CALLS_OF_SHORT = "  if (count == 1) integrate_part_{0}(job, x, y, 0, 1);\n  else integrate_part_{0}(job, x, y, 0, count);"
+_CALLS_OF_LONG = "  for (int64_t b = 0; b < count; ++b) integrate_part_{0}(job, x, y, b, b + 1);"
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,14 @@ def source(codes: Sequence[IntegralCode], plan: Plan) -> str:
     loops = []
     for number, code in enumerate(codes):
         formatter = LaneFormatter(code.tree, frozenset({"w", "A", "c"} if plan.constants_vary else {"w", "A"}))
-        loops += [_tabulate(number, formatter.body(), plan), _loop(number, code, plan, contents.read)]
+        body = formatter.body()
+        loops += [_tabulate(number, body, plan), _loop(number, code, plan, contents.read, is_short=body.count("\n") < _SHORT)]
         functions |= formatter.functions
     num_in = len(contents.read) + (plan.num_constants > 0)
     head = [f"#define NUM_IN {num_in}", f"#define NUM_OUT {len(plan.blocks)}", HEAD]
     head.append(f"const char *const fem_vi_contents = {json.dumps(contents.spelled())};\n")
     calls = "".join(f"  integrate_{number}(job, x, y, count);\n" for number in range(len(codes)))
-    integrate = f"static void integrate({_PARAMETERS})\n{{\n{calls}}}\n"
+    integrate = f"static void integrate({_PARAMETERS}, int64_t count)\n{{\n{calls}}}\n"
     maths = [_mathematics(name) for name in sorted(functions - _OF_THE_RUNTIME)]
     return "\n".join([*head, *maths, *loops, integrate, TAIL])
 
@@ -140,8 +144,13 @@ def _tabulate(number: int, body: str, plan: Plan) -> str:
     )
 
 
-def _loop(number: int, code: IntegralCode, plan: Plan, read: Sequence[int]) -> str:
-    """The loop over the entities of one integral, and inside it that over blocks, which all see the same geometry."""
+def _loop(number: int, code: IntegralCode, plan: Plan, read: Sequence[int], *, is_short: bool) -> str:
+    """The loop over the entities of one integral, and inside it that over blocks; and what calls it.
+
+    What depends on geometry alone is the same for all blocks. Where a function is short, that is much of its work, and it has a
+    version for several blocks, which does it once, and one for a single block. Where it is long, it takes one block after another:
+    the compiler would fill the stack with what is the same for all.
+    """
     sides = 2 if code.kind == "interior_facet" else 1
     nodes, width = plan.geometry_nodes, ENTITY_WIDTHS[code.kind]
     cells = [f"entity[{2 * side}]" for side in range(sides)]
@@ -151,7 +160,7 @@ def _loop(number: int, code: IntegralCode, plan: Plan, read: Sequence[int]) -> s
         for cell, facet in zip(cells, facets, strict=True)
     ]
     lines = [
-        f"static void integrate_{number}({_PARAMETERS})\n{{",
+        f"INLINE void integrate_part_{number}({_PARAMETERS}, int64_t first, int64_t last)\n{{",
         f"  const Entities *where = job->entities + {number};",
         "  for (int64_t n = 0; n < where->num; ++n) {",
         f"    const int32_t *entity = where->list + {width} * n;",
@@ -159,13 +168,16 @@ def _loop(number: int, code: IntegralCode, plan: Plan, read: Sequence[int]) -> s
         *(f"    load_geometry(cell_x + {3 * nodes * side}, job, {cell}, {nodes});" for side, cell in enumerate(cells)),
         f"    const int facet[] = {{{', '.join(facets)}}};",
         f"    const uint8_t permutation[] = {{{', '.join(permutations)}}};",
-        "    for (int64_t b = 0; b < count; ++b) {",
+        "    for (int64_t b = first; b < last; ++b) {",
         *_constants(plan, len(read)),
         f"      vec w[{max(1, _extent(code, plan, sides))}], A[{code.size}] = {{}};",
         *_gather(code, plan, cells, read),
         f"      tabulate_{number}(A, w, {'c' if plan.num_constants else '0'}, cell_x, facet, permutation);",
         *_scatter(plan, cells),
         "    }\n  }\n}\n",
+        f"static void integrate_{number}({_PARAMETERS}, int64_t count)\n{{",
+        (_CALLS_OF_SHORT if is_short else _CALLS_OF_LONG).format(number),
+        "}\n",
     ]
     return "\n".join(lines)
 
