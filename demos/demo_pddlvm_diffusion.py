@@ -163,10 +163,10 @@ def main(arguments: argparse.Namespace) -> None:
     """Learn, judge, draw."""
     V, pde, prior = aquifer()
     model = create_model(pde, prior)
-    steps = 10_000 if arguments.full else 900
+    steps, rate = (10_000, 2e-3) if arguments.full else (900, 6e-3)
     with torch.enable_grad():
         objective = VirtualELBO(samples=BATCH, gradient=fem_vi.TotalDerivative())
-        fit = lambda: fem_vi.fit(model.problem, model, objective, steps=steps, optimizer=fem_vi.Adam(lr=6e-3))  # noqa: E731
+        fit = lambda: fem_vi.fit(model.problem, model, objective, steps=steps, optimizer=fem_vi.Adam(rate))  # noqa: E731
         learning, run = timed(fit)
     if WORLD.rank == 0:
         model.save(arguments.out / "model")

@@ -148,8 +148,8 @@ def _loop(number: int, code: IntegralCode, plan: Plan, read: Sequence[int], *, i
     """The loop over the entities of one integral, and inside it that over blocks; and what calls it.
 
     What depends on geometry alone is the same for all blocks. Where a function is short, that is much of its work, and it has a
-    version for several blocks, which does it once, and one for a single block. Where it is long, it takes one block after another:
-    the compiler would fill the stack with what is the same for all.
+    version for several blocks, which does it once, and one for a single block. Where it is long, it takes one block after
+    another: the compiler would fill the stack with what is the same for all.
     """
     sides = 2 if code.kind == "interior_facet" else 1
     nodes, width = plan.geometry_nodes, ENTITY_WIDTHS[code.kind]
