@@ -24,7 +24,8 @@ from fem_vi.pde.lane_job import CEntities, CField, CJob, ConstantSpace, FieldSpa
 from fem_vi.pde.lane_source import Contents, Plan, source, source_key
 
 _ALIGNMENT = 64
-_TOGETHER = 8  # blocks of samples that lie side by side: 512 bytes for each dof
+_TOGETHER = 8  # blocks of samples that lie side by side: lines of the cache next to each other, which it fetches ahead
+_TOGETHER_MIXED = 4  # where some fields do not, and take scratch memory for as many
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,8 @@ class BatchForm:
         num_blocks = -(-num_samples // self._lanes)
         num_threads = max(1, min(mesh.num_threads, num_blocks))
         fields = (*(given for given in inputs if given.rows or given.stride), *outputs)
-        together = min(_TOGETHER, num_blocks) if any(field.stride for field in fields) else 1
+        kinds = {field.stride > 0 for field in fields}
+        together = 1 if True not in kinds else min(_TOGETHER_MIXED if False in kinds else _TOGETHER, num_blocks)
         size = self._lanes * together * sum(field.num_local for field in fields if not field.stride)
         c_in, c_out = (CField * max(1, len(inputs)))(*inputs), (CField * len(outputs))(*outputs)
         bounds = [num_blocks * thread // num_threads for thread in range(num_threads + 1)]
