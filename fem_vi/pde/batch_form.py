@@ -189,11 +189,8 @@ class BatchForm:
             return space.field(owned=local, ghosts=None, rows=None, is_result=False)
         given = values[symbol]
         if not given.is_shared and given.are_side_by_side(self._lanes):
-            local = given.values.T
-            if space.halo.num_ghosts:
-                local = np.concatenate([local, space.halo.forward(given.values).T])
-            elif self._mesh.comm.size > 1:
-                space.halo.forward(given.values)
+            ghosts = space.halo.forward(given.values)
+            local = np.concatenate([given.values.T, ghosts.T]) if ghosts.size else given.values.T
             keep.append(local)
             return space.side_by_side(local, is_result=False)
         owned = np.ascontiguousarray(given.values[given.rows[:1]] if given.is_shared else given.values)
@@ -304,13 +301,12 @@ def _sum_in_place(space: FieldSpace, grad: Values) -> _Sum:
 
 def _sum_side_by_side(space: FieldSpace, grad: Values) -> _Sum:
     halo = space.halo
-    if not halo.num_ghosts:
-        nothing = np.empty((len(grad.rows), 0))
-        return _Sum(space.side_by_side(grad.values.T, is_result=True), lambda: halo.reverse(nothing, grad.values))
-    local = np.zeros((halo.num_owned + halo.num_ghosts, len(grad.rows)))
+    shape = halo.num_owned + halo.num_ghosts, len(grad.rows)
+    local = np.zeros(shape) if halo.num_ghosts else grad.values.T
 
     def add_local() -> None:
-        grad.values.T[...] += local[: halo.num_owned]
+        if halo.num_ghosts:
+            grad.values.T[...] += local[: halo.num_owned]
         halo.reverse(local[halo.num_owned :].T, grad.values)
 
     return _Sum(space.side_by_side(local, is_result=True), add_local, local)

@@ -83,7 +83,7 @@ def side_by_side(x: Tensor) -> Tensor:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("batch", [16, 67], ids=["whole blocks", "a block with a rest"])
+@pytest.mark.parametrize("batch", [48, 67], ids=["whole blocks", "a block with a rest"])
 @pytest.mark.parametrize("which", [slice(None), slice(1)], ids=["all", "only the state"])
 @pytest.mark.parametrize("name", ["diffusion_triangle_P2", "curl_curl_tetrahedron_1", "discontinuous", "reaction"])
 def test_samples_that_lie_side_by_side(name: str, which: slice, batch: int) -> None:
@@ -92,7 +92,7 @@ def test_samples_that_lie_side_by_side(name: str, which: slice, batch: int) -> N
     residual = fem_vi.Residual(case.pde, kernel=fem_vi.CompiledKernel(num_threads=2))
     at = samples(case, batch)
     turned = [side_by_side(x) if k in range(len(at))[which] else x for k, x in enumerate(at)]
-    rows, columns = (numbers(residual, case, given, second=batch == 16) for given in (at, turned))
+    rows, columns = (numbers(residual, case, given, second=batch == 48) for given in (at, turned))
     assert apart(columns, rows, COMM) < 1e-14
     own = torch.Size(at[0].shape).numel()
     assert columns.value.T.is_contiguous() or own == 0, "the residual lies as the state does"
