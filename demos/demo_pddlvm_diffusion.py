@@ -13,7 +13,10 @@
 #
 #     python demos/demo_pddlvm_diffusion.py               # half a minute; the picture goes to runs/pddlvm_diffusion
 #     mpirun -n 2 python demos/demo_pddlvm_diffusion.py   # runs too: each rank does all of it, on a mesh of its own
-#     python demos/demo_pddlvm_diffusion.py --full        # 10,000 steps
+#     python demos/demo_pddlvm_diffusion.py --full        # 10,000 steps: four minutes
+#
+# What that buys, in 240 s of CPU time: heads to 0.65 % in place of 2.3 %, eps 0.005 in place of 0.031, and with it 81 % of the
+# variance of the ground in place of 59 %. The bands of 95 % hold 93.5 % of the heads and 95.2 % of the coefficients.
 
 import argparse
 import time
@@ -280,5 +283,5 @@ def draw_coefficients(ax: plt.Axes, seen: Shown) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Heads in an aquifer for any transmissivity, learnt from residuals alone.")
     parser.add_argument("--out", type=Path, default=Path("runs") / "pddlvm_diffusion")
-    parser.add_argument("--full", action="store_true", help="ten times as many steps")
+    parser.add_argument("--full", action="store_true", help="10,000 steps: four minutes")
     main(parser.parse_args())
