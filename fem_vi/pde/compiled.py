@@ -29,8 +29,8 @@ class CompiledKernel:
 
     Each SIMD lane of the processor works on a sample of its own, so that a cell's geometry, its tables and its dofs are read once
     for several samples; threads share the samples out. Code is compiled when it is first needed and kept on disk, beside FFCx's.
-    Memory for one to four blocks of samples is kept for each thread. Fields whose samples lie side by side in memory, the transposes
-    of `(n, batch)` with a batch of whole blocks (a multiple of eight will do), are read and written where they are, and quickest.
+    Memory for one to four blocks of samples is kept for each thread. Fields whose samples lie side by side in memory, transposes
+    of `(n, batch)` with a batch of whole blocks (a multiple of eight will do), are read and written where they are: quickest.
 
     Args:
         num_threads: Threads of each rank; the environment variable OMP_NUM_THREADS when None, else one. The numbers do not
