@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,16 @@ def plan(
     axes, batch = batch_axes(name, inputs, expected)
     if not any(axes):
         return (), (_FIRST_ROW,) * len(axes)
-    rows = tuple(np.broadcast_to(np.arange(int(np.prod(own))).reshape(own), batch).ravel() for own in axes)
-    return batch, rows
+    return batch, _rows(tuple(axes), batch)
+
+
+@lru_cache(maxsize=64)
+def _rows(axes: tuple[tuple[int, ...], ...], batch: tuple[int, ...]) -> tuple[NDArray[np.intp], ...]:
+    """The row of each input that each sample reads. Training asks for the same again and again."""
+    rows = tuple(np.broadcast_to(np.arange(math.prod(own)).reshape(own), batch).ravel() for own in axes)
+    for own in rows:
+        own.flags.writeable = False
+    return rows
 
 
 def check_finite(name: str, inputs: Sequence[Tensor], expected: Sequence[Argument]) -> None:
@@ -76,5 +85,5 @@ def check_finite(name: str, inputs: Sequence[Tensor], expected: Sequence[Argumen
 
 def is_finite(x: Array) -> bool:
     """Whether all entries are finite. A finite sum of squares says so at once; one that is not may have overflowed."""
-    flat = x.ravel()
+    flat = x.ravel(order="K")
     return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(x).all())

@@ -12,7 +12,7 @@ come together with the rest of the cotangent of y.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +20,10 @@ from torch import Tensor
 
 from fem_vi.bridge.call import Call
 from fem_vi.bridge.lanes import Lanes
-from fem_vi.bridge.tracing import check_not_traced, check_one_by_one
+from fem_vi.bridge.tracing import check_not_traced, check_one_by_one, transforms_are_active
 
 if TYPE_CHECKING:
     from fem_vi.bridge.operator import BatchedOperator
-
-
-_transforms_are_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def apply(operator: BatchedOperator, keep: bool, inputs: Sequence[Tensor]) -> Tensor:
@@ -40,7 +37,7 @@ def apply(operator: BatchedOperator, keep: bool, inputs: Sequence[Tensor]) -> Te
     MPI: Collective.
     """
     check_not_traced(operator._name)
-    function = _TransformableApply if _transforms_are_active() else _Apply
+    function = _TransformableApply if transforms_are_active() else _Apply
     return function.apply(operator, keep, *inputs)  # type: ignore[no-any-return]
 
 

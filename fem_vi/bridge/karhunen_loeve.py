@@ -14,6 +14,7 @@ from torch import Tensor
 from fem_vi.arguments import instance, is_number, positive, whole
 from fem_vi.bridge.field_prior import MaternField
 from fem_vi.bridge.layout import all_sum, as_numpy, check_last_axis, gather, localise, num_global, num_owned
+from fem_vi.bridge.modes import combine
 from fem_vi.errors import InvalidInput
 from fem_vi.noise import standard_normal
 from fem_vi.parallel import raise_on_all
@@ -186,7 +187,8 @@ class KarhunenLoeveField(GaussianVector):
         """
         with raise_on_all(self.comm):
             check_last_axis("KarhunenLoeveField: xi", xi, self.num_global, "one for each mode.")
-        return self.field_mean + localise(xi * self.eigenvalues.sqrt(), self.comm) @ self.modes
+        c = localise(xi * self.eigenvalues.sqrt(), self.comm)
+        return combine(c, self.modes, self.field_mean)
 
     def coefficients(self, m: Tensor) -> Tensor:
         """The coefficients of the projection of fields onto the modes: of `field(xi)`, xi.

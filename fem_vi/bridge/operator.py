@@ -139,7 +139,7 @@ class BatchedOperator(ABC):
         """lam, `(num_samples, n_out)`, and the gradients of the inputs that want one, each in its shape. Collective."""
         self._check_mesh()
         flat = self._flat(call, inputs)
-        grads = [np.zeros(x.shape) if want else None for x, want in zip(flat, wanted, strict=True)]
+        grads = [np.zeros_like(x) if want else None for x, want in zip(flat, wanted, strict=True)]
         lam = self._exclusively(self._backward, call, flat, self._rows(call, out), self._rows(call, g), grads)
         return lam, [
             None if row is None else torch.from_numpy(row.reshape(x.shape)) for row, x in zip(grads, inputs, strict=True)
@@ -159,7 +159,7 @@ class BatchedOperator(ABC):
         """The curvature: for the output, and for all inputs. Collective."""
         self._check_mesh()
         flat = self._flat(call, inputs)
-        grads = [np.zeros(x.shape) for x in flat]
+        grads = [np.zeros_like(x) for x in flat]
         bend = Bend(self._rows(call, lam), self._rows(call, out), self._rows(call, out_dot), self._flat(call, tangents))
         at_out = np.zeros_like(bend.out)
         self._exclusively(self._curvature, call, flat, bend, at_out, grads)
@@ -203,11 +203,18 @@ class BatchedOperator(ABC):
 
     def _flat(self, call: Call, tensors: Sequence[Tensor]) -> list[Array]:
         """The values of each input, or of its tangent, one row for each sample that it has."""
-        return call.flat(tensors, self.inputs)
+        flat = call.flat(tensors, self.inputs)
+        return flat if self._takes_columns else [np.ascontiguousarray(x) for x in flat]
 
     def _rows(self, call: Call, out: Tensor) -> Array:
         """The values of a tensor in the shape of the output, one row for each sample."""
-        return as_numpy(out).reshape(call.num_samples, self._output_size)
+        rows = as_numpy(out).reshape(call.num_samples, self._output_size)
+        return rows if self._takes_columns else np.ascontiguousarray(rows)
+
+    @property
+    def _takes_columns(self) -> bool:
+        """Whether values may be given as they are where the samples of each entry follow each other in memory."""
+        return False
 
     @property
     def _name(self) -> str:

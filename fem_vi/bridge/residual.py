@@ -313,28 +313,32 @@ class BatchedResidual(BatchedOperator):
     def _name(self) -> str:
         return "Residual"
 
+    @property
+    def _takes_columns(self) -> bool:
+        return self._kernel.takes_columns
+
     def _check_state(self) -> None:
         self.pde.check_fixed()
 
     def _forward(self, call: Call, flat: Sequence[Array]) -> Array:
         at = Samples(flat, call.rows)
         out = self._kernel.residual(at)
-        self._prescribe(out, at)
-        out[:, self.pde.boundary.owned] -= self.pde.boundary.fixed
+        self._prescribe(out, at, self.pde.boundary.fixed)
         self._check_finite(out)
         return out
 
-    def _prescribe(self, out: Array, at: Samples) -> None:
-        """Write u - h, as far as h is an input, to the rows of prescribed dofs; for tangents as for values."""
-        boundary = self.pde.boundary
-        out[:, boundary.owned] = at.values[0][:, boundary.owned][at.rows[0]]
+    def _prescribe(self, out: Array, at: Samples, fixed: Array | float) -> None:
+        """Write u - h to the rows of prescribed dofs: for values with what is fixed of h, for tangents without."""
+        boundary, rows = self.pde.boundary, at.rows[0]
+        u = at.values[0][:, boundary.owned] - fixed
+        out[:, boundary.owned] = u if len(u) == len(rows) else u[rows]  # as many rows as samples: each has its own
         for source in boundary.sources:
             dofs, entries = source.owned
             out[:, dofs] -= at.values[1 + source.position][:, entries][at.rows[1 + source.position]]
 
     def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
         owned = self.pde.boundary.owned
-        lam = g.copy()
+        lam = g.copy(order="K")
         lam[:, owned] = 0.0
         self._kernel.vjp(Samples(flat, call.rows), lam, grads)
         if grads[0] is not None:
@@ -347,7 +351,7 @@ class BatchedResidual(BatchedOperator):
 
     def _pushforward(self, call: Call, flat: Sequence[Array], out: Array, tangents: Sequence[Array]) -> Array:
         moved = self._kernel.jvp(Samples(flat, call.rows), tangents)
-        self._prescribe(moved, Samples(tangents, call.rows))
+        self._prescribe(moved, Samples(tangents, call.rows), 0.0)
         return moved
 
     def _curvature(self, call: Call, flat: Sequence[Array], bend: Bend, at_out: Array, grads: Sequence[Array]) -> None:

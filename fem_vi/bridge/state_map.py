@@ -17,6 +17,7 @@ from torch.distributions import Distribution
 
 from fem_vi.arguments import positive
 from fem_vi.bridge.layout import all_sum, localise
+from fem_vi.bridge.modes import combine
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all
 from fem_vi.pde.fields import node_names
@@ -117,6 +118,7 @@ class _ReducedMap(_Map):
         self._modes = torch.zeros(given.modes.shape, dtype=torch.float64)
         self._modes[:, self._free] = given.modes.to(torch.float64)[:, self._free]
         self.size, self.order = len(self._modes), ""
+        self._is_linear = not pde.boundary.sources and not bool(self._base.any())  # a field is its modes alone
         self._gram = all_sum(self._modes @ self._modes.T, self.comm)
         sign, logdet = torch.linalg.slogdet(self._gram)
         with raise_on_all(self.comm):
@@ -125,9 +127,8 @@ class _ReducedMap(_Map):
         self.log_volume = 0.5 * float(logdet)
 
     def lift(self, c: Tensor, *inputs: Tensor) -> Tensor:
-        rest = self._prescribed(inputs)
         own = localise(c, self.comm)
-        return torch.addmm(rest, own, self._modes) if own.ndim == 2 else own @ self._modes + rest
+        return combine(own, self._modes, None if self._is_linear else self._prescribed(inputs))
 
     def coordinates(self, u: Tensor) -> Tensor:
         moments = all_sum((u - self._base) @ self._modes.T, self.comm)

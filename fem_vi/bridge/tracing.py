@@ -17,6 +17,7 @@ from fem_vi.errors import UnsupportedDerivative
 _is_of_first_vmap: Callable[[Tensor], bool] = getattr(
     getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", lambda x: False
 )
+transforms_are_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _TRACER = "torch.fx.experimental.proxy_tensor"
 
 

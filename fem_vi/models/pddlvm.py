@@ -27,6 +27,7 @@ from torch.distributions import Distribution
 from fem_vi.arguments import instance
 from fem_vi.bridge.layout import OWNED, all_sum, check_last_axis
 from fem_vi.bridge.residual import Residual
+from fem_vi.bridge.square import square_norm
 from fem_vi.bridge.state_map import Nodal, ReducedBasis
 from fem_vi.errors import InvalidInput
 from fem_vi.models.measure import Measure, Plain, Preconditioned, SolutionUnits
@@ -240,7 +241,7 @@ class PDDLVM(LivesOnMesh):
         if isinstance(self.measure, SolutionUnits):
             self._count(r, any(x.requires_grad for x in inputs))
         log_eps = self.noise.log_eps()
-        square = all_sum(torch.linalg.vecdot(r, r), self.pde.comm)
+        square = square_norm(r, self.pde.comm)
         constant = 0.5 * self.num_residuals * math.log(2.0 * math.pi)
         return -0.5 * square * (-2.0 * log_eps).exp() - self.num_residuals * log_eps - constant
 

@@ -24,6 +24,8 @@ from fem_vi.pde.lane_job import CEntities, CField, CJob, ConstantSpace, FieldSpa
 from fem_vi.pde.lane_source import Contents, Plan, source, source_key
 
 _ALIGNMENT = 64
+_TOGETHER = 8  # blocks of samples that lie side by side: lines of the cache next to each other, which it fetches ahead
+_TOGETHER_MIXED = 4  # where some fields do not, and take scratch memory for as many
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,22 @@ class Values:
     def is_shared(self) -> bool:
         """Whether all samples read the same row, the only one that there is."""
         return len(self.values) == 1
+
+    def are_side_by_side(self, lanes: int) -> bool:
+        """Whether the samples of each coefficient follow each other in memory, in whole blocks of lanes."""
+        return side_by_side(self.values) and len(self.rows) == len(self.values) and len(self.rows) % lanes == 0
+
+
+def side_by_side(values: Array) -> bool:
+    """Whether the rows of `(num_rows, size)` are the columns of what lies in memory."""
+    return values.flags.f_contiguous and not values.flags.c_contiguous
+
+
+def zeros_like(values: Array, shape: tuple[int, int]) -> Array:
+    """Zeros of a shape, side by side where some values of as many rows are."""
+    if side_by_side(values) and len(values) == shape[0]:
+        return np.zeros(shape[::-1]).T
+    return np.zeros(shape)
 
 
 class KernelMesh:
@@ -159,7 +177,7 @@ class BatchForm:
         if self._constants:
             inputs.append(self._constant_input(num_samples, values, keep))
         num_blocks = -(-num_samples // self._lanes)
-        sums = [_create_sum(space, grad, num_blocks, self._mesh.comm) for space, grad in zip(self._out, grads, strict=True)]
+        sums = [self._create_sum(space, grad, num_blocks) for space, grad in zip(self._out, grads, strict=True)]
         self._run(num_samples, inputs, [part.field for part in sums])
         for part in sums:
             part.finish()
@@ -170,6 +188,11 @@ class BatchForm:
             local = symbol.x.array
             return space.field(owned=local, ghosts=None, rows=None, is_result=False)
         given = values[symbol]
+        if not given.is_shared and given.are_side_by_side(self._lanes):
+            ghosts = space.halo.forward(given.values)
+            local = np.concatenate([given.values.T, ghosts.T]) if ghosts.size else given.values.T
+            keep.append(local)
+            return space.side_by_side(local, is_result=False)
         owned = np.ascontiguousarray(given.values[given.rows[:1]] if given.is_shared else given.values)
         ghosts = space.halo.forward(owned)
         if given.is_shared:
@@ -192,18 +215,44 @@ class BatchForm:
         keep += [table, rows]
         return self._constant_space.field(owned=table, rows=rows)
 
+    def _create_sum(self, space: FieldSpace | ConstantSpace, grad: Values, num_blocks: int) -> _Sum:
+        """The cheapest way to add to the rows: in place; summed over samples; or sample by sample, and added up afterwards."""
+        if isinstance(space, ConstantSpace):
+            return _sum_of_constant(space, grad, self._mesh.comm)
+        if len(grad.rows) == len(grad.values):
+            if grad.values.flags.c_contiguous:
+                return _sum_in_place(space, grad)
+            if grad.are_side_by_side(self._lanes):
+                return _sum_side_by_side(space, grad)
+        elif grad.is_shared:
+            return _sum_of_all(space, grad, num_blocks)
+        alone = Values(np.zeros((len(grad.rows), space.halo.num_owned)), np.arange(len(grad.rows)))
+        inner = _sum_in_place(space, alone)
+
+        def add_rows() -> None:
+            inner.finish()
+            if len(grad.rows) == len(grad.values):
+                grad.values[...] += alone.values
+            else:
+                np.add.at(grad.values, grad.rows, alone.values)
+
+        return _Sum(inner.field, add_rows, inner)
+
     def _run(self, num_samples: int, inputs: Sequence[CField], outputs: Sequence[CField]) -> None:
         """Share the blocks of samples out among threads. Not collective."""
         mesh, geometry = self._mesh, self._mesh.geometry
         num_blocks = -(-num_samples // self._lanes)
         num_threads = max(1, min(mesh.num_threads, num_blocks))
-        size = self._lanes * sum(field.num_local for field in (*(given for given in inputs if given.rows), *outputs))
+        fields = (*(given for given in inputs if given.rows or given.stride), *outputs)
+        kinds = {field.stride > 0 for field in fields}
+        together = 1 if True not in kinds else min(_TOGETHER_MIXED if False in kinds else _TOGETHER, num_blocks)
+        size = self._lanes * together * sum(field.num_local for field in fields if not field.stride)
         c_in, c_out = (CField * max(1, len(inputs)))(*inputs), (CField * len(outputs))(*outputs)
         bounds = [num_blocks * thread // num_threads for thread in range(num_threads + 1)]
         jobs = [
             CJob(
                 c_in, c_out, self._c_entities, address(geometry.x), address(geometry.dofmap), address(geometry.permutations),
-                mesh.scratch(thread, size), num_samples, bounds[thread], bounds[thread + 1],
+                mesh.scratch(thread, size), num_samples, bounds[thread], bounds[thread + 1], together,
             )
             for thread in range(num_threads)
         ]  # fmt: skip
@@ -243,33 +292,36 @@ class _Sum:
     keep: Any = None
 
 
-def _create_sum(space: FieldSpace | ConstantSpace, grad: Values, num_blocks: int, comm: Any) -> _Sum:
-    """The cheapest way to add to the rows: in place; summed over samples; or sample by sample, and added up afterwards."""
-    if isinstance(space, ConstantSpace):
-        return _sum_of_constant(space, grad, comm)
+def _sum_in_place(space: FieldSpace, grad: Values) -> _Sum:
+    rows = np.ascontiguousarray(grad.rows, dtype=np.int64)
+    ghosts = np.zeros((len(rows), space.halo.num_ghosts))
+    field = space.field(owned=grad.values, ghosts=ghosts, rows=rows, is_result=True)
+    return _Sum(field, lambda: space.halo.reverse(ghosts, grad.values), rows)
+
+
+def _sum_side_by_side(space: FieldSpace, grad: Values) -> _Sum:
     halo = space.halo
-    if len(grad.rows) == len(grad.values) and grad.values.flags.c_contiguous:
-        rows = np.ascontiguousarray(grad.rows, dtype=np.int64)
-        ghosts = np.zeros((len(rows), halo.num_ghosts))
-        field = space.field(owned=grad.values, ghosts=ghosts, rows=rows, is_result=True)
-        return _Sum(field, lambda: halo.reverse(ghosts, grad.values), rows)
-    if grad.is_shared:
-        parts = np.empty((num_blocks, halo.num_owned + halo.num_ghosts))
+    shape = halo.num_owned + halo.num_ghosts, len(grad.rows)
+    local = np.zeros(shape) if halo.num_ghosts else grad.values.T
 
-        def add_total() -> None:
-            total, row = parts.sum(axis=0, keepdims=True), grad.rows[0]
-            grad.values[row] += total[0, : halo.num_owned]
-            halo.reverse(total[:, halo.num_owned :], grad.values[row : row + 1])
+    def add_local() -> None:
+        if halo.num_ghosts:
+            grad.values.T[...] += local[: halo.num_owned]
+        halo.reverse(local[halo.num_owned :].T, grad.values)
 
-        return _Sum(space.field(owned=parts, ghosts=None, rows=None, is_result=True), add_total)
-    alone = Values(np.zeros((len(grad.rows), halo.num_owned)), np.arange(len(grad.rows)))
-    inner = _create_sum(space, alone, num_blocks, comm)
+    return _Sum(space.side_by_side(local, is_result=True), add_local, local)
 
-    def add_rows() -> None:
-        inner.finish()
-        np.add.at(grad.values, grad.rows, alone.values)
 
-    return _Sum(inner.field, add_rows, inner)
+def _sum_of_all(space: FieldSpace, grad: Values, num_blocks: int) -> _Sum:
+    halo = space.halo
+    parts = np.empty((num_blocks, halo.num_owned + halo.num_ghosts))
+
+    def add_total() -> None:
+        total, row = parts.sum(axis=0, keepdims=True), grad.rows[0]
+        grad.values[row] += total[0, : halo.num_owned]
+        halo.reverse(total[:, halo.num_owned :], grad.values[row : row + 1])
+
+    return _Sum(space.field(owned=parts, ghosts=None, rows=None, is_result=True), add_total)
 
 
 def _sum_of_constant(space: ConstantSpace, grad: Values, comm: Any) -> _Sum:

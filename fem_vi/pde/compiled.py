@@ -14,7 +14,7 @@ from dolfinx import fem
 
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde._compat_ffcx import ENTITY_WIDTHS
-from fem_vi.pde.batch_form import BatchForm, KernelMesh, Values
+from fem_vi.pde.batch_form import BatchForm, KernelMesh, Values, zeros_like
 from fem_vi.pde.block_gradient import block_gradient
 from fem_vi.pde.coordinates import CoordinateInput
 from fem_vi.pde.inputs import Array
@@ -29,7 +29,8 @@ class CompiledKernel:
 
     Each SIMD lane of the processor works on a sample of its own, so that a cell's geometry, its tables and its dofs are read once
     for several samples; threads share the samples out. Code is compiled when it is first needed and kept on disk, beside FFCx's.
-    Memory for one block of samples is kept for each thread.
+    Memory for one to four blocks of samples is kept for each thread. Fields whose samples lie side by side in memory, transposes
+    of `(n, batch)` with a batch of whole blocks (a multiple of eight will do), are read and written where they are: quickest.
 
     Args:
         num_threads: Threads of each rank; the environment variable OMP_NUM_THREADS when None, else one. The numbers do not
@@ -77,6 +78,8 @@ def _check(pde: WeakForm) -> None:
 
 
 class _CompiledResidual(BatchKernel):
+    takes_columns = True
+
     def __init__(self, pde: WeakForm, num_threads: int) -> None:
         _check(pde)
         self._pde = pde
@@ -123,7 +126,7 @@ class _CompiledResidual(BatchKernel):
         return values
 
     def residual(self, at: Samples) -> Array:
-        out = np.zeros((at.num, self._pde.unknown.size))
+        out = zeros_like(at.values[0], (at.num, self._pde.unknown.size))
         if self._residual is not None:
             self._residual.add(at.num, self._values(at), [Values(out, np.arange(at.num))])
         return out
@@ -135,7 +138,7 @@ class _CompiledResidual(BatchKernel):
         self._add(at, self._gradients[wanted], self._values(at, lam=lam), grads)
 
     def jvp(self, at: Samples, tangents: Sequence[Array]) -> Array:
-        out = np.zeros((at.num, self._pde.unknown.size))
+        out = zeros_like(at.values[0], (at.num, self._pde.unknown.size))
         if self._jvp is not None:
             self._jvp.add(at.num, self._values(at, tangents), [Values(out, np.arange(at.num))])
         return out

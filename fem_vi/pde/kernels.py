@@ -57,7 +57,13 @@ class BatchKernel(ABC):
 
     MPI: All methods are collective. Fields are owned; what is given for a Constant is replicated, and what comes back for it
         is replicated and complete.
+
+    Attributes:
+        takes_columns: Whether it wants values as they are where the samples of each entry follow each other in memory; otherwise
+            each row is contiguous.
     """
+
+    takes_columns: bool = False
 
     @abstractmethod
     def residual(self, at: Samples) -> Array:

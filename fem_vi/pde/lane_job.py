@@ -30,7 +30,7 @@ class CField(ctypes.Structure):
 
     _fields_ = [
         *((name, _pointer) for name in ("owned", "ghosts", "rows")),
-        *((name, _int64) for name in ("num_owned", "num_local")),
+        *((name, _int64) for name in ("num_owned", "num_local", "stride")),
         ("dofmap", _pointer),
         ("transform", CTransform),
     ]
@@ -50,7 +50,7 @@ class CJob(ctypes.Structure):
         ("out", ctypes.POINTER(CField)),
         ("entities", ctypes.POINTER(CEntities)),
         *((name, _pointer) for name in ("x", "geometry", "permutations", "scratch")),
-        *((name, _int64) for name in ("num_samples", "first", "last")),
+        *((name, _int64) for name in ("num_samples", "first", "last", "together")),
     ]
 
 
@@ -103,7 +103,13 @@ class FieldSpace:
         """
         transform = self._c_transforms[is_result]
         num_owned, num_local = self.halo.num_owned, self.halo.num_owned + self.halo.num_ghosts
-        return CField(address(owned), address(ghosts), address(rows), num_owned, num_local, self._c_dofmap, transform)
+        return CField(address(owned), address(ghosts), address(rows), num_owned, num_local, 0, self._c_dofmap, transform)
+
+    def side_by_side(self, values: Array, *, is_result: bool) -> CField:
+        """The structure where samples lie side by side, `(num_local, num_samples)`, in whole blocks."""
+        num_owned, (num_local, num_samples) = self.halo.num_owned, values.shape
+        transform = self._c_transforms[is_result]
+        return CField(address(values), None, None, num_owned, num_local, num_samples, self._c_dofmap, transform)
 
 
 class ConstantSpace:
@@ -121,7 +127,7 @@ class ConstantSpace:
 
     def field(self, *, owned: Array, rows: Rows | None) -> CField:
         """The structure for Constants that are read, or for the gradient of one; see `FieldSpace.field`."""
-        return CField(address(owned), None, address(rows), self.size, self.size, address(self._dofmap), CTransform())
+        return CField(address(owned), None, address(rows), self.size, self.size, 0, address(self._dofmap), CTransform())
 
 
 @dataclass(frozen=True)

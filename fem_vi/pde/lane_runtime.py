@@ -26,10 +26,11 @@ typedef struct {  /* a sparse matrix for each class of cells */
 } Transform;
 
 typedef struct {  /* a coefficient that is read, or a block of the result */
-  double *owned;        /* rows of num_owned; without rows: one row for all, of all num_local */
+  double *owned;        /* rows of num_owned; without rows: one row for all, of all num_local; with a stride, see there */
   double *ghosts;       /* rows of num_local - num_owned */
   const int64_t *rows;  /* row of each sample, or NULL */
   int64_t num_owned, num_local;
+  int64_t stride;       /* or zero: num_local rows of so many samples, a whole number of blocks: lanes as they are */
   const int32_t *dofmap;
   Transform transform;
 } Field;
@@ -47,7 +48,13 @@ typedef struct {
   const uint8_t *permutations;
   double *scratch;
   int64_t num_samples, first, last;  /* blocks from first to last */
+  int64_t together;                  /* blocks that the loop over cells takes at once */
 } Job;
+
+typedef struct {  /* where lanes are: block b of dof i at `at + stride * i + LANES * b`; NULL: all samples have the same values */
+  double *at;
+  int64_t stride;
+} Lanes;
 
 const int64_t fem_vi_lanes = LANES;
 
@@ -78,10 +85,35 @@ INLINE vec power_8(vec x) { return power_4(x * x); }
    error 1.6e-17 before rounding. Adding MAGIC rounds to an integer n, which then stands in the last bits; adding it to the
    exponent multiplies by 2^n. Below -708 the result is zero in place of a number that is smaller than the smallest normal one. */
 #define MAGIC 0x1.8p52
+#if defined(__AVX512F__)
+/* The same with sixteenths of n: exp(x) = 2^(n / 16) exp(r) with |r| <= ln(2) / 32, and p of degree four, relative error 2.8e-17.
+   The last four bits of n choose 2^(j / 16) in a table that lies in two registers; one instruction multiplies by the power of two
+   that is left, down to zero and up to infinity. In assembly: compiling the header of intrinsics takes longer than a form. */
+#define INSTRUCTION(name, x, y) ({ vec out_; __asm__(#name " %2, %1, %0" : "=v"(out_) : "v"(x), "v"(y)); out_; })
+INLINE vec lanes_exp(vec x)
+{
+  const vec low = {0x1.0p+0, 0x1.0b5586cf9890fp+0, 0x1.172b83c7d517bp+0, 0x1.2387a6e756238p+0,
+                   0x1.306fe0a31b715p+0, 0x1.3dea64c123422p+0, 0x1.4bfdad5362a27p+0, 0x1.5ab07dd485429p+0};
+  const vec high = {0x1.6a09e667f3bcdp+0, 0x1.7a11473eb0187p+0, 0x1.8ace5422aa0dbp+0, 0x1.9c49182a3f090p+0,
+                    0x1.ae89f995ad3adp+0, 0x1.c199bdd85529cp+0, 0x1.d5818dcfba487p+0, 0x1.ea4afa2a490dap+0};
+  x = INSTRUCTION(vminpd, spread(1e3), x);  /* of a number and a NaN, the second is what comes out */
+  x = INSTRUCTION(vmaxpd, spread(-1e3), x);
+  const vec t = x * 0x1.71547652b82fep+4 + MAGIC, n = t - MAGIC;
+  const vec r = (x - n * 0x1.62e42fefa39efp-5) - n * 0x1.abc9e3b39803fp-60;
+  vec p = 0x1.11120af701debp-7 + r * 0x1.6c17bb51f236dp-10;
+  p = 0x1.55555555194d2p-5 + r * p;
+  p = 0x1.55555554dd44dp-3 + r * p;
+  p = 0x1.0p-1 + r * p;
+  p = 1.0 + r * p;
+  vec power = t;
+  __asm__("vpermi2pd %2, %1, %0" : "+v"(power) : "v"(low), "v"(high));
+  return INSTRUCTION(vscalefpd, power + power * r * p, n * 0x1.0p-4);
+}
+#else
 INLINE vec lanes_exp(vec x)
 {
   const vec t = x * 0x1.71547652b82fep0 + MAGIC, n = t - MAGIC;
-  const vec r = (x - n * 0x1.62e42fefa39efp-1) - n * 0x1.abc9e3b39803fp-56;
+  const vec r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;  /* the first product is exact without fma too */
   vec p = 0x1.289185613a3d6p-22 + r * 0x1.af38a9b0ec855p-26;
   p = 0x1.71de0dae63bb3p-19 + r * p;
   p = 0x1.a019b90d2ae7ap-16 + r * p;
@@ -97,6 +129,7 @@ INLINE vec lanes_exp(vec x)
   y = choose(x > 0x1.62e42fefa39efp9, spread(INFINITY), y);
   return choose(x < -708.0, (vec){}, y);
 }
+#endif
 
 INLINE void load_geometry(double *cell_x, const Job *job, int64_t cell, int nodes)
 {
@@ -115,24 +148,26 @@ INLINE void transform(vec *w, const Transform *t, int64_t cell, int n)
   for (int i = 0; i < n; ++i) w[i] = y[i];
 }
 
-INLINE void load(vec *w, const Field *f, const vec *X, int64_t cell, int nodes, int bs, int transformed)
+INLINE vec *lane(Lanes x, int64_t dof, int64_t block) { return (vec *)(x.at + x.stride * dof + LANES * block); }
+
+INLINE void load(vec *w, const Field *f, Lanes x, int64_t block, int64_t cell, int nodes, int bs, int transformed)
 {
   const int32_t *dofs = f->dofmap + cell * nodes;
-  if (f->rows)
+  if (x.at)
     for (int i = 0; i < nodes; ++i)
-      for (int k = 0; k < bs; ++k) w[bs * i + k] = X[(int64_t)dofs[i] * bs + k];
+      for (int k = 0; k < bs; ++k) w[bs * i + k] = *(const loose *)lane(x, (int64_t)dofs[i] * bs + k, block);
   else
     for (int i = 0; i < nodes; ++i)
       for (int k = 0; k < bs; ++k) w[bs * i + k] = spread(f->owned[(int64_t)dofs[i] * bs + k]);
   if (transformed) transform(w, &f->transform, cell, bs * nodes);
 }
 
-INLINE void store(vec *w, const Field *f, vec *Y, int64_t cell, int nodes, int bs, int transformed)
+INLINE void store(vec *w, const Field *f, Lanes y, int64_t block, int64_t cell, int nodes, int bs, int transformed)
 {
   const int32_t *dofs = f->dofmap + cell * nodes;
   if (transformed) transform(w, &f->transform, cell, bs * nodes);
   for (int i = 0; i < nodes; ++i)
-    for (int k = 0; k < bs; ++k) Y[(int64_t)dofs[i] * bs + k] += w[bs * i + k];
+    for (int k = 0; k < bs; ++k) *(loose *)lane(y, (int64_t)dofs[i] * bs + k, block) += w[bs * i + k];
 }
 
 #if defined(__clang__)
@@ -158,7 +193,7 @@ INLINE void transpose(vec *r)
 }
 #endif
 
-static void pack_part(vec *X, const double *from, int64_t n, const int64_t *row)
+static void pack_part(Lanes x, const double *from, int64_t n, const int64_t *row)
 {
   const double *r[LANES];
   for (int k = 0; k < LANES; ++k) r[k] = from + row[k] * n;
@@ -168,71 +203,91 @@ static void pack_part(vec *X, const double *from, int64_t n, const int64_t *row)
     vec tile[LANES];
     for (int k = 0; k < LANES; ++k) tile[k] = *(const loose *)(r[k] + i);
     transpose(tile);
-    for (int k = 0; k < LANES; ++k) X[i + k] = tile[k];
+    for (int k = 0; k < LANES; ++k) *lane(x, i + k, 0) = tile[k];
   }
 #endif
   for (; i < n; ++i)
-    for (int k = 0; k < LANES; ++k) X[i][k] = r[k][i];
+    for (int k = 0; k < LANES; ++k) (*lane(x, i, 0))[k] = r[k][i];
 }
 
-static void pack(vec *X, const Field *f, int64_t sample, int64_t num_samples)
+static void pack(Lanes x, const Field *f, int64_t block, int64_t num_samples)
 {
   int64_t row[LANES];
+  const int64_t sample = block * LANES;
   for (int k = 0; k < LANES; ++k) row[k] = f->rows[sample + k < num_samples ? sample + k : num_samples - 1];
-  pack_part(X, f->owned, f->num_owned, row);
-  pack_part(X + f->num_owned, f->ghosts, f->num_local - f->num_owned, row);
+  pack_part(x, f->owned, f->num_owned, row);
+  x.at += x.stride * f->num_owned;
+  pack_part(x, f->ghosts, f->num_local - f->num_owned, row);
 }
 
-static void unpack_part(const vec *Y, double *to, int64_t n, const int64_t *row, int valid)
+static void unpack_part(Lanes y, double *to, int64_t n, const int64_t *row, int valid)
 {
   int64_t i = 0;
 #if SHUFFLES
   for (; i + LANES <= n; i += LANES) {
     vec tile[LANES];
-    for (int k = 0; k < LANES; ++k) tile[k] = Y[i + k];
+    for (int k = 0; k < LANES; ++k) tile[k] = *lane(y, i + k, 0);
     transpose(tile);
     for (int k = 0; k < valid; ++k) *(loose *)(to + row[k] * n + i) += tile[k];
   }
 #endif
   for (; i < n; ++i)
-    for (int k = 0; k < valid; ++k) to[row[k] * n + i] += Y[i][k];
+    for (int k = 0; k < valid; ++k) to[row[k] * n + i] += (*lane(y, i, 0))[k];
 }
 
-static void unpack(const vec *Y, const Field *f, int64_t block, int64_t num_samples)
+static void unpack(Lanes y, const Field *f, int64_t block, int64_t num_samples)
 {
   const int64_t sample = block * LANES, left = num_samples - sample;
   const int valid = left < LANES ? (int)left : LANES;
   if (f->rows) {
-    unpack_part(Y, f->owned, f->num_owned, f->rows + sample, valid);
-    unpack_part(Y + f->num_owned, f->ghosts, f->num_local - f->num_owned, f->rows + sample, valid);
+    unpack_part(y, f->owned, f->num_owned, f->rows + sample, valid);
+    y.at += y.stride * f->num_owned;
+    unpack_part(y, f->ghosts, f->num_local - f->num_owned, f->rows + sample, valid);
     return;
   }
   for (int64_t i = 0; i < f->num_local; ++i) {
+    const vec lanes = *lane(y, i, 0);
     double sum = 0.0;
-    for (int k = 0; k < valid; ++k) sum += Y[i][k];
+    for (int k = 0; k < valid; ++k) sum += lanes[k];
     f->owned[block * f->num_local + i] = sum;
   }
+}
+
+INLINE Lanes next(Lanes x, int64_t block) { x.at += LANES * block; return x; }
+
+/* Where the lanes of a field are: in the field itself, in scratch memory, or nowhere. */
+static Lanes place(const Field *f, double **scratch, int64_t together, int is_result)
+{
+  if (f->stride) return (Lanes){f->owned, f->stride};
+  if (!f->rows && !is_result) return (Lanes){0, 0};
+  const Lanes found = {*scratch, LANES * together};
+  *scratch += found.stride * f->num_local;
+  return found;
 }
 """
 
 TAIL = r"""
 void fem_vi_run(const Job *job)
 {
-  vec *X[NUM_IN + 1], *Y[NUM_OUT], *at = (vec *)job->scratch;
-  for (int k = 0; k < NUM_IN; ++k) {
-    X[k] = at;
-    at += job->in[k].rows ? job->in[k].num_local : 0;
-  }
-  for (int k = 0; k < NUM_OUT; ++k) {
-    Y[k] = at;
-    at += job->out[k].num_local;
-  }
-  for (int64_t block = job->first; block < job->last; ++block) {
-    for (int k = 0; k < NUM_IN; ++k)
-      if (job->in[k].rows) pack(X[k], job->in + k, block * LANES, job->num_samples);
-    for (int k = 0; k < NUM_OUT; ++k) memset(Y[k], 0, sizeof(vec) * job->out[k].num_local);
-    integrate(job, X, Y);
-    for (int k = 0; k < NUM_OUT; ++k) unpack(Y[k], job->out + k, block, job->num_samples);
+  Lanes X[NUM_IN + 1], Y[NUM_OUT], x[NUM_IN + 1], y[NUM_OUT];
+  double *scratch = job->scratch;
+  for (int k = 0; k < NUM_IN; ++k) X[k] = place(job->in + k, &scratch, job->together, 0);
+  for (int k = 0; k < NUM_OUT; ++k) Y[k] = place(job->out + k, &scratch, job->together, 1);
+  for (int64_t block = job->first; block < job->last; block += job->together) {
+    const int64_t left = job->last - block, count = left < job->together ? left : job->together;
+    for (int k = 0; k < NUM_IN; ++k) {
+      x[k] = job->in[k].stride ? next(X[k], block) : X[k];
+      if (job->in[k].rows)
+        for (int64_t b = 0; b < count; ++b) pack(next(x[k], b), job->in + k, block + b, job->num_samples);
+    }
+    for (int k = 0; k < NUM_OUT; ++k) {
+      y[k] = job->out[k].stride ? next(Y[k], block) : Y[k];
+      if (!job->out[k].stride) memset(y[k].at, 0, sizeof(double) * y[k].stride * job->out[k].num_local);
+    }
+    integrate(job, x, y, count);
+    for (int k = 0; k < NUM_OUT; ++k)
+      if (!job->out[k].stride)
+        for (int64_t b = 0; b < count; ++b) unpack(next(y[k], b), job->out + k, block + b, job->num_samples);
   }
 }
 """

@@ -19,6 +19,10 @@ from fem_vi.pde.lane_runtime import HEAD, TAIL, scalar_function, vector_function
 _TWO_ARGUMENTS = ("pow", "atan2")
 _OF_THE_RUNTIME = {"sqrt", "fabs", "fmin", "fmax", "exp"}
 _BESSEL = ("jn", "yn")
+_SHORT = 150  # lines of a function body of which the compiler is asked for two versions
+_PARAMETERS = "const Job *job, const Lanes *x, const Lanes *y"
+_CALLS_OF_SHORT = "  if (count == 1) integrate_part_{0}(job, x, y, 0, 1);\n  else integrate_part_{0}(job, x, y, 0, count);"
+_CALLS_OF_LONG = "  for (int64_t b = 0; b < count; ++b) integrate_part_{0}(job, x, y, b, b + 1);"
 
 
 @dataclass(frozen=True)
@@ -102,13 +106,14 @@ def source(codes: Sequence[IntegralCode], plan: Plan) -> str:
     loops = []
     for number, code in enumerate(codes):
         formatter = LaneFormatter(code.tree, frozenset({"w", "A", "c"} if plan.constants_vary else {"w", "A"}))
-        loops += [_tabulate(number, formatter.body(), plan), _loop(number, code, plan, contents.read)]
+        body = formatter.body()
+        loops += [_tabulate(number, body, plan), _loop(number, code, plan, contents.read, is_short=body.count("\n") < _SHORT)]
         functions |= formatter.functions
     num_in = len(contents.read) + (plan.num_constants > 0)
     head = [f"#define NUM_IN {num_in}", f"#define NUM_OUT {len(plan.blocks)}", HEAD]
     head.append(f"const char *const fem_vi_contents = {json.dumps(contents.spelled())};\n")
-    calls = "".join(f"  integrate_{number}(job, X, Y);\n" for number in range(len(codes)))
-    integrate = f"static void integrate(const Job *job, vec *const *X, vec *const *Y)\n{{\n{calls}}}\n"
+    calls = "".join(f"  integrate_{number}(job, x, y, count);\n" for number in range(len(codes)))
+    integrate = f"static void integrate({_PARAMETERS}, int64_t count)\n{{\n{calls}}}\n"
     maths = [_mathematics(name) for name in sorted(functions - _OF_THE_RUNTIME)]
     return "\n".join([*head, *maths, *loops, integrate, TAIL])
 
@@ -139,8 +144,13 @@ def _tabulate(number: int, body: str, plan: Plan) -> str:
     )
 
 
-def _loop(number: int, code: IntegralCode, plan: Plan, read: Sequence[int]) -> str:
-    """The loop over the entities of one integral."""
+def _loop(number: int, code: IntegralCode, plan: Plan, read: Sequence[int], *, is_short: bool) -> str:
+    """The loop over the entities of one integral, and inside it that over blocks; and what calls it.
+
+    What depends on geometry alone is the same for all blocks. Where a function is short, that is much of its work, and it has a
+    version for several blocks, which does it once, and one for a single block. Where it is long, it takes one block after
+    another: the compiler would fill the stack with what is the same for all.
+    """
     sides = 2 if code.kind == "interior_facet" else 1
     nodes, width = plan.geometry_nodes, ENTITY_WIDTHS[code.kind]
     cells = [f"entity[{2 * side}]" for side in range(sides)]
@@ -150,20 +160,24 @@ def _loop(number: int, code: IntegralCode, plan: Plan, read: Sequence[int]) -> s
         for cell, facet in zip(cells, facets, strict=True)
     ]
     lines = [
-        f"static void integrate_{number}(const Job *job, vec *const *X, vec *const *Y)\n{{",
+        f"INLINE void integrate_part_{number}({_PARAMETERS}, int64_t first, int64_t last)\n{{",
         f"  const Entities *where = job->entities + {number};",
-        *_constants(plan, len(read)),
         "  for (int64_t n = 0; n < where->num; ++n) {",
         f"    const int32_t *entity = where->list + {width} * n;",
         f"    double cell_x[{3 * nodes * sides}];",
         *(f"    load_geometry(cell_x + {3 * nodes * side}, job, {cell}, {nodes});" for side, cell in enumerate(cells)),
         f"    const int facet[] = {{{', '.join(facets)}}};",
         f"    const uint8_t permutation[] = {{{', '.join(permutations)}}};",
-        f"    vec w[{max(1, _extent(code, plan, sides))}], A[{code.size}] = {{}};",
+        "    for (int64_t b = first; b < last; ++b) {",
+        *_constants(plan, len(read)),
+        f"      vec w[{max(1, _extent(code, plan, sides))}], A[{code.size}] = {{}};",
         *_gather(code, plan, cells, read),
-        f"    tabulate_{number}(A, w, {'c' if plan.num_constants else '0'}, cell_x, facet, permutation);",
+        f"      tabulate_{number}(A, w, {'c' if plan.num_constants else '0'}, cell_x, facet, permutation);",
         *_scatter(plan, cells),
-        "  }\n}\n",
+        "    }\n  }\n}\n",
+        f"static void integrate_{number}({_PARAMETERS}, int64_t count)\n{{",
+        (_CALLS_OF_SHORT if is_short else _CALLS_OF_LONG).format(number),
+        "}\n",
     ]
     return "\n".join(lines)
 
@@ -176,13 +190,12 @@ def _constants(plan: Plan, position: int) -> list[str]:
     """The Constants, which no cell changes."""
     if not plan.num_constants:
         return []
-    count = plan.num_constants
+    given = f"job->in[{position}]"
     if not plan.constants_vary:
-        return [f"  const double *c = job->in[{position}].owned;"]
+        return [f"      const double *c = {given}.owned;"]
     return [
-        f"  vec c[{count}];",
-        f"  for (int i = 0; i < {count}; ++i)",
-        f"    c[i] = job->in[{position}].rows ? X[{position}][i] : spread(job->in[{position}].owned[i]);",
+        f"      vec c[{plan.num_constants}];",
+        f"      load(c, &{given}, x[{position}], b, 0, 1, {plan.num_constants}, 0);",
     ]
 
 
@@ -192,7 +205,7 @@ def _gather(code: IntegralCode, plan: Plan, cells: Sequence[str], read: Sequence
         layout = plan.coefficients[given]
         for side, cell in enumerate(cells if given in code.offsets else ()):
             begin = code.offsets[given] + side * layout.size
-            lines.append(f"    load(w + {begin}, job->in + {number}, X[{number}], {cell}, {_shape(layout)});")
+            lines.append(f"      load(w + {begin}, job->in + {number}, x[{number}], b, {cell}, {_shape(layout)});")
     return lines
 
 
@@ -200,7 +213,7 @@ def _scatter(plan: Plan, cells: Sequence[str]) -> list[str]:
     lines, begin = [], 0
     for cell in cells:
         for position, layout in enumerate(plan.blocks):
-            lines.append(f"    store(A + {begin}, job->out + {position}, Y[{position}], {cell}, {_shape(layout)});")
+            lines.append(f"      store(A + {begin}, job->out + {position}, y[{position}], b, {cell}, {_shape(layout)});")
             begin += layout.size
     return lines
 

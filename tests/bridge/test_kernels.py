@@ -15,6 +15,7 @@ import torch
 import ufl
 from dolfinx import fem, mesh
 from mpi4py import MPI
+from torch import Tensor
 
 import fem_vi
 from fem_vi.pde import c_compiler
@@ -76,6 +77,28 @@ def test_batches_and_what_they_share(batch: int, alone: tuple[int, ...]) -> None
     assert apart(compiled, assembled, MPI.COMM_SELF) < AGREE
 
 
+def side_by_side(x: Tensor) -> Tensor:
+    """The same numbers, the samples of each entry following each other in memory."""
+    return x.T.contiguous().T if x.ndim == 2 else x
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("batch", [48, 67], ids=["whole blocks", "a block with a rest"])
+@pytest.mark.parametrize("which", [slice(None), slice(1)], ids=["all", "only the state"])
+@pytest.mark.parametrize("name", ["diffusion_triangle_P2", "curl_curl_tetrahedron_1", "discontinuous", "reaction"])
+def test_samples_that_lie_side_by_side(name: str, which: slice, batch: int) -> None:
+    """Lanes are then read and written where they are: ghosts, turned dofs, inner facets, Constants. No number changes."""
+    case = FORMS[name](COMM)
+    residual = fem_vi.Residual(case.pde, kernel=fem_vi.CompiledKernel(num_threads=2))
+    at = samples(case, batch)
+    turned = [side_by_side(x) if k in range(len(at))[which] else x for k, x in enumerate(at)]
+    rows, columns = (numbers(residual, case, given, second=batch == 48) for given in (at, turned))
+    assert apart(columns, rows, COMM) < 1e-14
+    own = torch.Size(at[0].shape).numel()
+    assert columns.value.T.is_contiguous() or own == 0, "the residual lies as the state does"
+    assert columns.gradients[0].T.is_contiguous() or own == 0
+
+
 def test_batch_axes_of_several_inputs_cross() -> None:
     case = FORMS["diffusion_triangle_P2"](MPI.COMM_SELF)
     u, m = 0.3 * case.weights[-1], case.values[0]
@@ -129,8 +152,13 @@ def test_another_batch_size_compiles_nothing(monkeypatch: pytest.MonkeyPatch) ->
         numbers(residual, case, samples(case, batch), second=True)
 
 
-def test_exponential_on_lanes() -> None:
+@pytest.mark.parametrize("fewer", [(), ("-mno-avx512f",), ("-mno-avx",)], ids=["lanes of this processor", "four", "two"])
+def test_exponential_on_lanes(fewer: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """exp over its whole range, from DG0: r_i = exp(m_i) times the area of a cell."""
+    if fewer and not c_compiler.has_macro("__AVX__"):
+        pytest.skip("lanes are pairs on this processor")
+    native, macros = c_compiler.target()
+    monkeypatch.setattr(c_compiler, "target", lambda: ((*native, *fewer), macros))
     msh = mesh.create_unit_square(MPI.COMM_SELF, 4, 4)
     V = fem.functionspace(msh, ("DG", 0))
     u, m, v = fem.Function(V), fem.Function(V), ufl.TestFunction(V)

@@ -88,10 +88,13 @@ class Proportional(nn.Module):
 
 HEADS: dict[str, Callable[[], nn.Module]] = {
     "full": lambda: fem_vi.FullHead(2, ELEMENTS - 1, std=0.03),
-    "low rank": lambda: fem_vi.LowRankCovarianceHead(2, ELEMENTS - 1, rank=ELEMENTS - 1, std=0.03),
+    "low rank": lambda: fem_vi.LowRankCovarianceHead(2, ELEMENTS - 1, rank=ELEMENTS - 1, std=0.1),
     "mean field": lambda: fem_vi.DiagonalHead(2, ELEMENTS - 1, std=0.003),
 }
 STAGES = ((0.05, 200, fem_vi.TotalDerivative()), (0.02, 500, fem_vi.PathDerivative()))
+# W W' + D contains the exact covariance, and Adam on the divergence itself finds it to 1e-7 in 700 steps; what draws add to the
+# gradients dies out slowly here: 5 % of the variances are left after STAGES, 1 % after these and eight times as many draws.
+LOW_RANK_STAGES = ((0.1, 100, fem_vi.TotalDerivative()), (0.1, 900, fem_vi.PathDerivative()))
 
 
 def fitted(model: PDDLVM, samples: int = 64, stages=STAGES) -> fem_vi.Run:
@@ -129,7 +132,8 @@ def test_exact_where_sources_and_boundary_values_vary(head: str) -> None:
     model = PDDLVM(
         rod.pde, prior=rod.source_prior(), inputs=of_source, forward=HEADS[head](), eps=fem_vi.FixedEps(eps), measure=Plain()
     )
-    run = fitted(model, samples=512 if head == "mean field" else 64)
+    stages = LOW_RANK_STAGES if head == "low rank" else STAGES
+    run = fitted(model, samples=64 if head == "full" else 512, stages=stages)
     z = rod.source_prior().unwhiten(torch.tensor([[0.0, 0.0], [1.0, -1.0], [-1.0, 1.0], [2.0, 0.0]], dtype=F64))
     A = rod.matrix(0 * ONE)
     inverse = torch.linalg.inv(A.T @ A)
@@ -137,9 +141,8 @@ def test_exact_where_sources_and_boundary_values_vary(head: str) -> None:
     moments = model.predict(z)
     assert relative(moments.mean, fem_vi.Solve(rod.pde)(*of_source(z))) < 1e-3
     inner = moments.std[:, 1:-1].square()
-    if head != "low rank":
-        assert float((inner / exact - 1).abs().mean()) < 0.02
-        assert float((inner / exact - 1).abs().max()) < 0.06
+    assert float((inner / exact - 1).abs().mean()) < 0.02
+    assert float((inner / exact - 1).abs().max()) < 0.06
     if head != "mean field":  # the bound is then the evidence of r = 0
         assert run.history[-1].elbo == pytest.approx(-float(torch.linalg.slogdet(A)[1]), abs=0.03)
 
