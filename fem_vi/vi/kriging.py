@@ -1,6 +1,6 @@
 """Best linear prediction from simulated pairs: what some data tell about the unknowns, and about all other data.
 
-With the moments of pairs (xi, g) of unknowns and predictions, and independent noise R, data y_I of the sensors I give
+With the moments of pairs (xi, g) of unknowns and predictions, and R those of the noise, data y_I of the sensors I give
 
     S = C_II + R_II,   E[xi] = xi_mean + C_xI S^-1 (y_I - mean_I),   Cov[xi] = C_xx - C_xI S^-1 C_Ix,
 
@@ -53,7 +53,8 @@ class Kriging(nn.Module):
         xi_mean, xi_covariance: Of the unknowns, `(n,)` and `(n, n)`.
         mean, covariance: Of the noise-free data, `(num_data,)` and `(num_data, num_data)`.
         cross: Covariance of both, `(n, num_data)`.
-        noise: Variance of each datum around its prediction, `(num_data,)`.
+        noise: Covariance of the data around their predictions, `(num_data, num_data)`: diagonal where the likelihood has an
+            `at(index)`, the noise of some of the data, and so says that data are independent.
 
     Raises:
         InvalidInput: Where there are too few pairs.
@@ -79,7 +80,9 @@ class Kriging(nn.Module):
         self.points = points
         g, xi = simulations.prediction[:, :num_data], simulations.xi
         with private_generator(0), torch.no_grad():
-            noise = (problem.likelihood.sample(simulations.prediction) - g).var(0)
+            noise = torch.cov((problem.likelihood.sample(simulations.prediction) - g).T).reshape(num_data, num_data)
+        if hasattr(problem.likelihood, "at"):
+            noise = torch.diag(noise.diagonal())
         a, b = xi - xi.mean(0), g - g.mean(0)
         for name, value in {
             "xi_mean": xi.mean(0),
@@ -96,13 +99,11 @@ class Kriging(nn.Module):
         values, index, present = self._read(y)
         on = present.to(values.dtype)
         both = on[..., :, None] * on[..., None, :]
-        rows = self.covariance[index]  # (*batch, most, num_data)
-        S = both * rows.gather(-1, index[..., None, :].expand(*index.shape, index.shape[-1]))
-        S = S + torch.diag_embed(on * self.noise[index] + (1.0 - on))
+        S = both * (self.covariance + self.noise)[index[..., :, None], index[..., None, :]] + torch.diag_embed(1.0 - on)
         L = torch.linalg.cholesky(S)
         residual = torch.linalg.solve_triangular(L, (on * (values - self.mean[index]))[..., None], upper=False)
         to_xi = torch.linalg.solve_triangular(L, on[..., None] * self.cross.T[index], upper=False)
-        to_data = torch.linalg.solve_triangular(L, on[..., None] * rows, upper=False)
+        to_data = torch.linalg.solve_triangular(L, on[..., None] * self.covariance[index], upper=False)
         return Predicted(
             mean=self.xi_mean + (to_xi.mT @ residual)[..., 0],
             covariance=self.xi_covariance - to_xi.mT @ to_xi,

@@ -31,7 +31,7 @@ class KalmanEncoder(Encoder):
     positions and values alone (`SetEncoder`), and more quickly.
 
     Args:
-        problem: Prior, forward map and likelihood; independent noise. At most 512 unknowns.
+        problem: Prior, forward map and likelihood. At most 512 unknowns.
         simulations: Pairs of that problem.
         points: The candidates of `RandomSensors`, `(num_data, dim)`, for data without their numbers; or None.
         hidden: Widths of the layers.
