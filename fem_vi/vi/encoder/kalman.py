@@ -96,7 +96,7 @@ class KalmanEncoder(Encoder):
             predicted: Predicted = self.kriging(y)
             tril = torch.linalg.cholesky(predicted.covariance)
             data = (predicted.data - self.kriging.mean) @ self.directions
-            log_diagonal = tril.diagonal(dim1=-2, dim2=-1).log()
+            log_diagonal = tril.diagonal(dim1=-2, dim2=-1).log().expand(predicted.mean.shape)
             inputs = torch.cat([predicted.mean, log_diagonal, data, predicted.count.log()[..., None]], dim=-1)
         features = torch.cat([inputs, self.network(inputs)], dim=-1) if len(self.network) else inputs
         return features, Frame(predicted.mean, tril)
