@@ -14,6 +14,7 @@ from torch.distributions import Distribution, Independent, LowRankMultivariateNo
 
 from fem_vi.arguments import positive, whole
 from fem_vi.errors import InvalidInput
+from fem_vi.vi.optimizer import Adam
 from fem_vi.vi.posterior.low_rank_precision import LowRankPrecision
 
 SMALL = 0.1
@@ -29,11 +30,12 @@ class Head(nn.Module):
     Args:
         num_features: Last axis of what it is given.
         size: Entries of the vectors.
-        num_raw: Numbers that describe one distribution.
+        num_raw: Numbers that describe one distribution; None where the head has other layers for them.
         std: Standard deviation that it starts with.
 
     Attributes:
         linear: From features to raw numbers; in float64.
+        refining: Optimiser of the raw numbers of one data set, from those of a network.
 
     Raises:
         InvalidInput: Where a size is no whole number above zero, or `std` not positive.
@@ -41,14 +43,17 @@ class Head(nn.Module):
     MPI: Not collective; parameters are replicated, drawn from torch's generator.
     """
 
-    def __init__(self, num_features: int, size: int, num_raw: int, *, std: float) -> None:
+    refining = Adam(lr=0.03)
+
+    def __init__(self, num_features: int, size: int, num_raw: int | None, *, std: float) -> None:
         super().__init__()
         self.num_features = whole("num_features", num_features, least=1)
         self.size = whole("size", size, least=1)
         self.log_std = math.log(positive("std", std))
-        self.linear = nn.Linear(num_features, num_raw, dtype=torch.float64)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        if num_raw is not None:
+            self.linear = nn.Linear(num_features, num_raw, dtype=torch.float64)
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
 
     def __call__(self, features: Tensor) -> Distribution:
         """The distribution of each row of features."""
@@ -69,6 +74,10 @@ class Head(nn.Module):
     def at(self, raw: Tensor) -> Distribution:
         """The distribution that raw numbers describe."""
         raise NotImplementedError
+
+    def hold_raw(self) -> None:
+        """Keep the layer that makes raw numbers out of a fit to one data set, which has such numbers of its own."""
+        self.linear.requires_grad_(False)
 
 
 class DiagonalHead(Head):
