@@ -9,10 +9,10 @@ import torch
 from scipy import stats
 
 from fem_vi.errors import InvalidInput
+from fem_vi.vi.correlated_noise import LowRankNoise
 from fem_vi.vi.encoder.dense import DenseEncoder
 from fem_vi.vi.encoder.kalman import KalmanEncoder
 from fem_vi.vi.encoder.point_set import SetEncoder
-from fem_vi.vi.correlated_noise import LowRankNoise
 from fem_vi.vi.kriging import Kriging
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.sensors import RandomSensors, SensorData

@@ -158,8 +158,8 @@ class FlowHead(Head):
         super().__init__(num_features, size, None, std=std)
         if (made.num_features, made.size) != (self.num_features, self.size):
             raise InvalidInput(
-                f"FlowHead: affine made a head of {made.num_features} features and {made.size} entries; it must be of {num_features} "
-                f"and {size}."
+                f"FlowHead: affine made a head of {made.num_features} features and {made.size} entries; it must be of "
+                f"{num_features} and {size}."
             )
         self.affine = made
         self.networks = Networks(starts_as_identity("FlowHead", transform(size, num_features)))
