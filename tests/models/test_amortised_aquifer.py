@@ -34,7 +34,7 @@ def problem() -> fem_vi.InverseProblem:
 
 
 def trained(problem: fem_vi.InverseProblem, simulations: fem_vi.Simulations) -> fem_vi.models.AmortisedInversion:
-    """A normal distribution, then a flow that bends it, both from simulated pairs; then some steps with the solver in the loop."""
+    """A normal distribution, a flow that bends it, both from simulated pairs; then some steps with the solver in the loop."""
     torch.manual_seed(0)
     pairs = fem_vi.ExpectedForwardKL(fem_vi.Stored(simulations, 256))
     normal = fem_vi.models.AmortisedInversion(problem, fem_vi.KalmanEncoder(problem, simulations, hidden=(256, 256, 256)))
@@ -54,7 +54,7 @@ def trained(problem: fem_vi.InverseProblem, simulations: fem_vi.Simulations) -> 
 def test_ranks_of_all_modes_are_uniform(problem):
     """Each of the sixteen p-values, and that of the log-likelihood, is above 0.01.
 
-    With an exact posterior, one run in six would have one of seventeen below. Seeds are fixed, so that a run is as the one before.
+    With an exact posterior one run in six would have one of seventeen below. Seeds are fixed: a run is as the one before.
     """
     model = trained(problem, fem_vi.simulate(problem, 60_000, shard=4096))
     unseen = fem_vi.simulate(problem, 2000, seed=1)
