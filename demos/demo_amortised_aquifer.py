@@ -63,14 +63,14 @@ def main(arguments: argparse.Namespace) -> None:
         prior, lambda xi: observe(solve(prior.field(xi))), fem_vi.GaussianNoise(NOISE), torch.zeros(PLACES)
     )
 
-    pairs, steps = (20_000, 4_000) if arguments.full else (2_000, 800)
+    pairs, steps, batch, hidden = (20_000, 4_000, 256, (256, 256, 256)) if arguments.full else (2_000, 800, 64, (128, 128))
     clock = Clock()
     simulations = fem_vi.simulate(problem, pairs, path=arguments.out / f"simulations_{pairs}", share=comm)
     clock.stop("simulations")
     torch.manual_seed(0)
-    encoder = fem_vi.KalmanEncoder(problem, simulations, points=sensors.points)
+    encoder = fem_vi.KalmanEncoder(problem, simulations, points=sensors.points, hidden=hidden)
     model = fem_vi.models.AmortisedInversion(problem, encoder, head=fem_vi.FullHead, sensors=sensors)
-    fem_vi.fit(problem, model, fem_vi.ExpectedForwardKL(fem_vi.Stored(simulations, batch=64)), steps=steps)
+    fem_vi.fit(problem, model, fem_vi.ExpectedForwardKL(fem_vi.Stored(simulations, batch)), steps=steps)
     clock.stop("training")
 
     # Fifty campaigns that the network has not seen: fields, noise and wells are new

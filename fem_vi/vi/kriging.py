@@ -1,6 +1,6 @@
 """Best linear prediction from simulated pairs: what some data tell about the unknowns, and about all other data.
 
-With the moments of pairs (xi, g) of unknowns and predictions, and independent noise R, data y_I of the sensors I give
+With the moments of pairs (xi, g) of unknowns and predictions, and R those of the noise, data y_I of the sensors I give
 
     S = C_II + R_II,   E[xi] = xi_mean + C_xI S^-1 (y_I - mean_I),   Cov[xi] = C_xx - C_xI S^-1 C_Ix,
 
@@ -28,7 +28,7 @@ class Predicted:
 
     Attributes:
         mean: Of xi, `(*batch, n)`.
-        covariance: Of xi, `(*batch, n, n)`.
+        covariance: Of xi, `(*batch, n, n)`; `(n, n)` of data that always come from all sensors.
         data: Mean of the noise-free data of all sensors, `(*batch, num_data)`.
         residual: S^(-1/2) (y_I - mean_I), zero for absent sensors, `(*batch, most)`: independent with variance one on average.
         count: Sensors that reported, `(*batch,)`.
@@ -53,7 +53,8 @@ class Kriging(nn.Module):
         xi_mean, xi_covariance: Of the unknowns, `(n,)` and `(n, n)`.
         mean, covariance: Of the noise-free data, `(num_data,)` and `(num_data, num_data)`.
         cross: Covariance of both, `(n, num_data)`.
-        noise: Variance of each datum around its prediction, `(num_data,)`.
+        noise: Covariance of the data around their predictions, `(num_data, num_data)`: diagonal where the likelihood has an
+            `at(index)`, the noise of some of the data, and so says that data are independent.
 
     Raises:
         InvalidInput: Where there are too few pairs.
@@ -79,7 +80,9 @@ class Kriging(nn.Module):
         self.points = points
         g, xi = simulations.prediction[:, :num_data], simulations.xi
         with private_generator(0), torch.no_grad():
-            noise = (problem.likelihood.sample(simulations.prediction) - g).var(0)
+            noise = torch.cov((problem.likelihood.sample(simulations.prediction) - g).T).reshape(num_data, num_data)
+        if hasattr(problem.likelihood, "at"):
+            noise = torch.diag(noise.diagonal())
         a, b = xi - xi.mean(0), g - g.mean(0)
         for name, value in {
             "xi_mean": xi.mean(0),
@@ -96,23 +99,21 @@ class Kriging(nn.Module):
         values, index, present = self._read(y)
         on = present.to(values.dtype)
         both = on[..., :, None] * on[..., None, :]
-        rows = self.covariance[index]  # (*batch, most, num_data)
-        S = both * rows.gather(-1, index[..., None, :].expand(*index.shape, index.shape[-1]))
-        S = S + torch.diag_embed(on * self.noise[index] + (1.0 - on))
+        S = both * (self.covariance + self.noise)[index[..., :, None], index[..., None, :]] + torch.diag_embed(1.0 - on)
         L = torch.linalg.cholesky(S)
-        residual = torch.linalg.solve_triangular(L, (on * (values - self.mean[index]))[..., None], upper=False)
-        to_xi = torch.linalg.solve_triangular(L, on[..., None] * self.cross.T[index], upper=False)
-        to_data = torch.linalg.solve_triangular(L, on[..., None] * rows, upper=False)
+        root = torch.linalg.solve_triangular(L, torch.eye(S.shape[-1], dtype=S.dtype), upper=False) * on[..., None, :]
+        residual = (values - self.mean[index])[..., None, :] @ root.mT
+        to_xi, to_data = root @ self.cross.T[index], root @ self.covariance[index]
         return Predicted(
-            mean=self.xi_mean + (to_xi.mT @ residual)[..., 0],
+            mean=self.xi_mean + (residual @ to_xi)[..., 0, :],
             covariance=self.xi_covariance - to_xi.mT @ to_xi,
-            data=self.mean + (to_data.mT @ residual)[..., 0],
-            residual=residual[..., 0],
-            count=on.sum(-1),
+            data=self.mean + (residual @ to_data)[..., 0, :],
+            residual=residual[..., 0, :],
+            count=on.sum(-1).expand(values.shape[:-1]),
         )
 
     def _read(self, y: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, numbers of their sensors, and which are there."""
+        """Values, numbers of their sensors, and which are there; the latter two without batch axes where they are the same."""
         if isinstance(y, SensorData):
             if y.index is None and self.points is None:
                 raise InvalidInput("Kriging: y has places but no numbers of candidates. Pass points= where it is built.")
@@ -122,4 +123,4 @@ class Kriging(nn.Module):
         if not isinstance(y, Tensor) or y.ndim == 0 or y.shape[-1] != len(self.mean):
             given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise InvalidInput(f"Kriging: y is {given}; it must be SensorData or a tensor (*batch, {len(self.mean)}).")
-        return y, torch.arange(y.shape[-1]).expand(y.shape), torch.ones_like(y, dtype=torch.bool)
+        return y, torch.arange(y.shape[-1]), torch.ones(y.shape[-1], dtype=torch.bool)

@@ -22,12 +22,14 @@ from fem_vi.vi.encoder.point_set import SetEncoder
 from fem_vi.vi.fit import fit
 from fem_vi.vi.likelihood import GaussianNoise
 from fem_vi.vi.objective import ELBO, TotalDerivative
-from fem_vi.vi.optimizer import Adam
+from fem_vi.vi.optimizer import Adam, Cosine
 from fem_vi.vi.posterior.amortised import Amortised
-from fem_vi.vi.posterior.flow import NeuralSpline
+from fem_vi.vi.posterior.flow import Flow, NeuralSpline
 from fem_vi.vi.posterior.flow_head import FlowHead
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.heads import DiagonalHead, FullHead, LowRankCovarianceHead, LowRankPrecisionHead
+from fem_vi.vi.posterior.low_rank import FreeDiagonal, LowRankNormal
+from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.sensors import AllSensors, RandomSensors, SensorData
@@ -109,13 +111,13 @@ def test_its_bound_is_the_evidence_of_each_data_set(unsupervised):
 def test_simulated_pairs_find_the_kalman_gain_without_a_gradient_of_the_forward_map():
     model = linear()
     model.problem.forward = lambda m: (m @ AFFINE.A.T + AFFINE.b).detach()
-    pairs = simulate(model.problem, 60_000)
-    fit(model.problem, model, ExpectedForwardKL(Stored(pairs, 1024)), steps=500, optimizer=Adam(lr=0.05))
+    pairs = simulate(model.problem, 400_000, shard=20_000)
+    fit(model.problem, model, ExpectedForwardKL(Stored(pairs, 4096)), steps=500, optimizer=Adam(lr=0.05), schedule=Cosine(0.001))
     assert model.problem.cost.backward == 0
     _, y = simulated(40)
     assert gain_error(model, y) < 1e-2
     exact = AFFINE.posterior().covariance_matrix
-    assert float((covariances(model, y).mean(0) - exact).norm() / exact.norm()) < 0.02
+    assert float(((covariances(model, y) - exact).norm(dim=(1, 2)) / exact.norm()).max()) < 0.02
 
 
 def test_ranks_are_uniform_where_the_network_is_right(unsupervised):
@@ -168,9 +170,8 @@ def test_a_batch_of_failing_sensors_is_weighed_as_each_of_its_problems():
     assert set(y.present.sum(1).tolist()) == {1, 2, 3}
 
 
-# Adam creeps where the diagonal and the directions of a low-rank precision can stand in for each other.
-@pytest.mark.parametrize(("name", "tolerance"), [("diagonal", 0.01), ("full", 0.01), ("precision", 0.3)])
-def test_refining_closes_the_gap(name, tolerance):
+@pytest.mark.parametrize("name", ["diagonal", "full", "precision"])
+def test_refining_closes_a_gap_of_nats(name):
     model = AmortisedInversion(AFFINE.problem(), DenseEncoder(3, hidden=(8,)), head=HEADS[name])
     perturb(model, size=0.02)
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -179,7 +180,7 @@ def test_refining_closes_the_gap(name, tolerance):
     left = whitened_divergence(run.posterior)
     precision = AFFINE.whitened_precision()
     best = 0.0 if name != "diagonal" else float(0.5 * (precision.diagonal().log().sum() - torch.logdet(precision)))
-    assert left == pytest.approx(best, abs=tolerance)  # the bound is the log evidence less this
+    assert left == pytest.approx(best, abs=0.01)  # the bound is the log evidence less this
     assert whitened_divergence(model.at(AFFINE.y)) > best + 1.0
 
 
@@ -200,20 +201,33 @@ def nonlinear() -> InverseProblem:
     return InverseProblem(prior, lambda m: torch.exp(0.4 * m) @ A.T, GaussianNoise(0.3), torch.tensor([1.0, -1.0, 0.5, 1.5]))
 
 
-def test_refining_reaches_the_fit_of_a_nonlinear_problem():
+FITS = {
+    "diagonal": MeanFieldNormal,
+    "full": FullRankNormal,
+    "precision": partial(LowRankNormal, rank=3, diagonal=FreeDiagonal()),
+    "flow": partial(Flow, transform=SPLINE),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_refining_reaches_the_fit_of_a_nonlinear_problem(name):
+    """With its own settings, from a network that was trained in haste."""
     problem = nonlinear()
     torch.manual_seed(0)
-    model = AmortisedInversion(problem, DenseEncoder(4, hidden=(32,)))
-    fit(problem, model, ExpectedForwardKL(Fresh(64)), steps=300, optimizer=Adam(lr=0.01))
-    rough = float(ELBO(samples=20_000)(problem, model.at(problem.y)).elbo)
-    ours = model.refine(problem.y, ELBO(samples=64), steps=300)
-    theirs = fit(problem, FullRankNormal(problem.prior), ELBO(samples=64), steps=300)
-    bounds = []
-    for posterior in (ours.posterior, theirs.posterior):
-        torch.manual_seed(1)
-        bounds.append(float(ELBO(samples=100_000)(problem, posterior).elbo))
-    assert abs(bounds[0] - bounds[1]) < 0.01
-    assert bounds[0] > rough + 0.02
+    model = AmortisedInversion(problem, DenseEncoder(4, hidden=(32,)), head=HEADS[name])
+    fit(problem, model, ExpectedForwardKL(Fresh(64)), steps=200, optimizer=Adam(lr=0.01))
+    refined = model.refine(problem.y).posterior
+    fitted = fit(problem, FITS[name](problem.prior), ELBO(samples=64), steps=300).posterior
+    rough, ours, theirs = (bound(problem, posterior) for posterior in (model.at(problem.y), refined, fitted))
+    assert ours > theirs - 0.01
+    assert ours > rough + 0.05
+
+
+@torch.no_grad()
+def bound(problem: InverseProblem, posterior: torch.nn.Module) -> float:
+    """ELBO, with the same noise for all."""
+    torch.manual_seed(1)
+    return float(ELBO(samples=50_000)(problem, posterior).elbo)
 
 
 def test_the_flow_bends_where_the_normal_head_cannot():
@@ -241,8 +255,8 @@ def test_the_latent_correction_finds_an_exact_posterior_that_it_contains(name):
     problem = InverseProblem(prior, lambda m: m * scale, GaussianNoise(0.5), torch.tensor([2.0, -3.0, 1.0]))
     torch.manual_seed(0)
     model = AmortisedInversion(problem, DenseEncoder(3, hidden=(8,)), head=HEADS[name])  # untrained: the prior for all data
-    for value in model.head.linear.parameters():
-        value.data[6:].zero_()  # of a low-rank head, the small directions
+    if name == "precision":
+        model.head.linear.bias.data.zero_()  # the small directions
     run = model.correct(problem.y, ELBO(samples=8), steps=200, optimizer=Adam(lr=0.15))
     assert sum(value.numel() for value in run.posterior.parameters() if value.requires_grad) == 6
     precision = 1.0 + (scale / 0.5).square()

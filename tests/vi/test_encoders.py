@@ -9,10 +9,12 @@ import torch
 from scipy import stats
 
 from fem_vi.errors import InvalidInput
+from fem_vi.vi.correlated_noise import LowRankNoise
 from fem_vi.vi.encoder.dense import DenseEncoder
 from fem_vi.vi.encoder.kalman import KalmanEncoder
 from fem_vi.vi.encoder.point_set import SetEncoder
 from fem_vi.vi.kriging import Kriging
+from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.sensors import RandomSensors, SensorData
 from fem_vi.vi.simulations import Simulations, simulate
 from fem_vi.vi.typical import TypicalData
@@ -101,7 +103,7 @@ def test_kriging_is_conditioning_of_the_joint_normal():
     index = torch.tensor([3, 1])
     y = SENSORS.take(numbers(31, 4), index)
     predicted = kriging(y)
-    S = kriging.covariance[index][:, index] + torch.diag(kriging.noise[index])
+    S = kriging.covariance[index][:, index] + kriging.noise[index][:, index]
     gain = kriging.cross[:, index] @ torch.linalg.inv(S)
     delta = y.values - kriging.mean[index]
     torch.testing.assert_close(predicted.mean, kriging.xi_mean + gain @ delta)
@@ -109,7 +111,23 @@ def test_kriging_is_conditioning_of_the_joint_normal():
     there = kriging.mean + kriging.covariance[:, index] @ torch.linalg.inv(S) @ delta
     torch.testing.assert_close(predicted.data, there)
     assert float(predicted.residual.square().sum()) == pytest.approx(float(delta @ torch.linalg.inv(S) @ delta))
-    torch.testing.assert_close(kriging.noise, torch.full((4,), AFFINE.std**2, dtype=F64), rtol=0.5, atol=0)
+    torch.testing.assert_close(kriging.noise, AFFINE.std**2 * torch.eye(4, dtype=F64), rtol=0.5, atol=0)
+
+
+def test_kriging_knows_of_correlated_noise():
+    """A drift that all sensors share: the exact posterior, which independent noise of the same size misses by far."""
+    drift = LowRankNoise(0.1, torch.full((4, 1), 0.6, dtype=F64))
+    R = 0.01 * torch.eye(4, dtype=F64) + 0.36
+    problem = InverseProblem(AFFINE.prior, AFFINE.problem().forward, drift, AFFINE.y)
+    predicted = Kriging(problem, simulate(problem, 60_000))(AFFINE.y)
+    J = AFFINE.A @ torch.linalg.cholesky(AFFINE.prior.covariance)
+    exact, independent = (
+        torch.linalg.inv(torch.eye(5, dtype=F64) + J.T @ torch.linalg.inv(noise) @ J) for noise in (R, torch.diag(R.diagonal()))
+    )
+    mean = exact @ J.T @ torch.linalg.solve(R, AFFINE.y - AFFINE.b - AFFINE.A @ AFFINE.prior.mean)
+    torch.testing.assert_close(predicted.mean, mean, rtol=0, atol=0.03)
+    error = float((predicted.covariance - exact).norm() / exact.norm())
+    assert error < 0.02 < 0.2 * float((independent - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("sensors", ["all", "some"])

@@ -22,7 +22,11 @@ NORMAL = {
     "covariance": partial(LowRankCovarianceHead, rank=2),
     "precision": partial(LowRankPrecisionHead, rank=2),
 }
-HEADS = {**NORMAL, "flow": partial(FlowHead, transform=SPLINE)}
+HEADS = {
+    **NORMAL,
+    "flow": partial(FlowHead, transform=SPLINE),
+    "flow, diagonal": partial(FlowHead, transform=SPLINE, affine=DiagonalHead),
+}
 every = pytest.mark.parametrize("name", HEADS)
 normal = pytest.mark.parametrize("name", NORMAL)
 
@@ -113,7 +117,7 @@ def test_a_flow_on_other_noise_is_the_density_of_its_draws():
 def test_starts_near_the_same_normal_for_all_features(name):
     torch.manual_seed(0)
     q = HEADS[name](3, 4, std=2.0)(numbers(9, 6, 3))
-    if name != "flow":
+    if name in NORMAL:
         assert float(q.mean.abs().max()) == 0.0
         torch.testing.assert_close(q.stddev, torch.full((6, 4), 2.0, dtype=F64), rtol=0.05, atol=0)
     x = 2.0 * numbers(10, 6, 4)
@@ -133,6 +137,14 @@ def test_every_parameter_gets_a_gradient_through_draws_and_densities(name):
     assert silent == []
 
 
+def test_a_flow_goes_on_from_a_trained_normal_head():
+    features = numbers(9, 6, 3)
+    normal = moved("full")
+    flow = FlowHead(3, 4, transform=SPLINE, affine=lambda *sizes, std: normal)
+    x = numbers(10, 6, 4)
+    torch.testing.assert_close(flow(features).log_prob(x), normal(features).log_prob(x), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -142,6 +154,8 @@ def test_every_parameter_gets_a_gradient_through_draws_and_densities(name):
         (lambda: LowRankCovarianceHead(3, 4, rank=0), "rank is 0"),
         (lambda: FullHead(3, 4)(torch.zeros(2, 5)), r"features have shape \(2, 5\); the last axis must be 3"),
         (lambda: FlowHead(3, 4, transform=lambda n, context: torch.nn.Linear(n, n)), "FlowHead: transform made a Linear"),
+        (lambda: FlowHead(3, 4, affine=partial(LowRankPrecisionHead, rank=1)), "FlowHead: affine is a LowRankPrecisionHead"),
+        (lambda: FlowHead(3, 4, affine=lambda *sizes, std: FullHead(3, 5)), "affine made a head of 3 features and 5 entries"),
     ],
 )
 def test_refuses(make, words):

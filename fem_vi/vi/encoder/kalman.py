@@ -31,7 +31,7 @@ class KalmanEncoder(Encoder):
     positions and values alone (`SetEncoder`), and more quickly.
 
     Args:
-        problem: Prior, forward map and likelihood; independent noise. At most 512 unknowns.
+        problem: Prior, forward map and likelihood. At most 512 unknowns.
         simulations: Pairs of that problem.
         points: The candidates of `RandomSensors`, `(num_data, dim)`, for data without their numbers; or None.
         hidden: Widths of the layers.
@@ -97,7 +97,7 @@ class KalmanEncoder(Encoder):
             predicted: Predicted = self.kriging(y)
             tril = torch.linalg.cholesky(predicted.covariance)
             data = (predicted.data - self.kriging.mean) @ self.directions
-            log_diagonal = tril.diagonal(dim1=-2, dim2=-1).log()
+            log_diagonal = tril.diagonal(dim1=-2, dim2=-1).log().expand(predicted.mean.shape)
             inputs = torch.cat([predicted.mean, log_diagonal, data, predicted.count.log()[..., None]], dim=-1)
         features = torch.cat([inputs, self.network(inputs)], dim=-1) if len(self.network) else inputs
         return features, Frame(predicted.mean, tril)

@@ -176,7 +176,7 @@ class Refined(FamilyOverPrior):
     def __init__(self, amortised: Amortised, y: Any) -> None:
         super().__init__(amortised.prior)
         self.head = copy.deepcopy(amortised.head)
-        self.head.linear.requires_grad_(False)
+        self.head.hold_raw()
         raw, self.frame = encoded(amortised, y)
         self.raw = nn.Parameter(raw)
 
@@ -185,8 +185,8 @@ class Refined(FamilyOverPrior):
         return AmortisedDistribution(self.prior, in_frame(self.frame, self.head.at(self.raw)))
 
     def default_optimizer(self) -> Adam:
-        """Adam with small steps: the network is nearly right."""
-        return Adam(lr=0.01)
+        """Adam with the steps of the head."""
+        return self.head.refining
 
 
 class LatentCorrection(FamilyOverPrior):

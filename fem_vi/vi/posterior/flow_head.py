@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from fem_vi.arguments import instance
+from fem_vi.errors import InvalidInput
+from fem_vi.vi.optimizer import Adam
 from fem_vi.vi.posterior.flow import Networks, NeuralSpline, starts_as_identity
-from fem_vi.vi.posterior.heads import Head
+from fem_vi.vi.posterior.heads import DiagonalHead, FullHead, Head
 from fem_vi.vi.randomness import private_generator
 
 MOMENT_SAMPLES = 2048
@@ -19,15 +22,14 @@ COUPLING = NeuralSpline(transforms=4, bins=8, hidden=(64, 64), passes=2)
 
 
 class ConditionalFlow(Distribution):
-    """The law of mu + sigma f(eps; c), eps ~ N(0, I): a flow f with context c inside an affine map.
+    """The law of mu + S f(eps; c), eps ~ N(0, I): a flow f with context c inside the affine map of a normal distribution.
 
     Its `mean` and `variance` are those of 2,048 draws under a fixed key, and carry no gradient.
 
     Args:
         networks: The inverse of f.
         context: c, `(*batch, num_context)`.
-        mu: `(*batch, n)`.
-        log_sigma: `(*batch, n)`.
+        normal: N(mu, S S'), S diagonal or lower triangular.
         base: Mean and log standard deviation of eps, `(n,)` each, where they are not 0 and 0.
 
     MPI: Not collective.
@@ -38,21 +40,24 @@ class ConditionalFlow(Distribution):
     has_rsample = True
 
     def __init__(
-        self, networks: Networks, context: Tensor, mu: Tensor, log_sigma: Tensor, *, base: tuple[Tensor, Tensor] | None = None
+        self, networks: Networks, context: Tensor, normal: Distribution, *, base: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        self._networks, self._context, self._mu, self._log_sigma = networks, context, mu, log_sigma
+        self._networks, self._context, self._normal = networks, context, normal
+        self._mu = normal.mean
+        self._tril: Tensor | None = getattr(normal, "scale_tril", None)
+        self._diagonal = normal.stddev if self._tril is None else self._tril.diagonal(dim1=-2, dim2=-1)
         # What a flow of zuko returns reads the module's parameters when it is called. Those of now are meant.
         self._parameters: dict[str, Tensor] = dict(networks.named_parameters())
         self._base = base
         self._moments: tuple[Tensor, Tensor] | None = None
-        super().__init__(mu.shape[:-1], mu.shape[-1:], validate_args=False)
+        super().__init__(normal.batch_shape, normal.event_shape, validate_args=False)
 
     def __repr__(self) -> str:
         return f"ConditionalFlow(batch={tuple(self.batch_shape)}, n={self.event_shape[0]})"
 
     def with_base(self, mean: Tensor, log_std: Tensor) -> ConditionalFlow:
         """The same map of other noise, eps ~ N(mean, diag(std^2)); `(n,)` each."""
-        return ConditionalFlow(self._networks, self._context, self._mu, self._log_sigma, base=(mean, log_std))
+        return ConditionalFlow(self._networks, self._context, self._normal, base=(mean, log_std))
 
     def _map(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         given: tuple[Tensor, Tensor] = torch.func.functional_call(  # type: ignore[attr-defined]
@@ -75,16 +80,25 @@ class ConditionalFlow(Distribution):
         eps = torch.randn(self._extended_shape(sample_shape), dtype=self._mu.dtype)
         if self._base is not None:
             eps = self._base[0] + self._base[1].exp() * eps
-        return self._mu + self._log_sigma.exp() * self._map(eps, inverse=True)[0]
+        z = self._map(eps, inverse=True)[0]
+        return self._mu + (self._diagonal * z if self._tril is None else (self._tril @ z[..., None])[..., 0])
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density, `(*batch,)`."""
-        eps, ladj = self._map((value - self._mu) * (-self._log_sigma).exp(), inverse=False)
+        eps, ladj = self._map(self._standardise(value), inverse=False)
         constant = 0.5 * self.event_shape[0] * math.log(2.0 * math.pi)
         if self._base is not None:
             eps = (eps - self._base[0]) * (-self._base[1]).exp()
             ladj = ladj - self._base[1].sum(-1)
-        return ladj - 0.5 * eps.square().sum(-1) - constant - self._log_sigma.sum(-1)
+        return ladj - 0.5 * eps.square().sum(-1) - constant - self._diagonal.log().sum(-1)
+
+    def _standardise(self, value: Tensor) -> Tensor:
+        """S^-1 (value - mu)."""
+        shifted = value - self._mu
+        if self._tril is None:
+            return shifted / self._diagonal
+        tril = self._tril.expand(*shifted.shape[:-1], -1, -1)
+        return torch.linalg.solve_triangular(tril, shifted[..., None], upper=False)[..., 0]
 
     @torch.no_grad()
     def _sampled_moments(self) -> tuple[Tensor, Tensor]:
@@ -96,22 +110,28 @@ class ConditionalFlow(Distribution):
 
 
 class FlowHead(Head):
-    """mu + sigma f(eps; c) with f a normalizing flow whose context c are the features: skewed, curved, with several modes.
+    """mu + S f(eps; c) with f a normalizing flow whose context c are the features: skewed, curved, with several modes.
 
-    Starts as N(0, std^2 I): f as the identity. By default f is a coupling flow, where a draw costs as much as a density.
+    Starts as N(0, std^2 I): f as the identity. By default f is a coupling flow, where a draw costs as much as a density. A normal
+    head that was trained before can be the affine map, so that the flow learns what is left:
+
+        >>> head = partial(FlowHead, affine=lambda *sizes, std: trained.head)
+        >>> model = AmortisedInversion(problem, trained.encoder, head=head)
 
     Args:
         num_features: Last axis of the features.
         size: Entries of the vectors.
         transform: Makes a flow of zuko over n unknowns with a context: `NeuralSpline()`, or
             `lambda n, context: zuko.flows.MAF(n, context)`.
+        affine: Makes the head of mu and S: `FullHead`, of n (n + 3) / 2 numbers, or `DiagonalHead` for many unknowns.
         std: Standard deviation that it starts with.
 
     Attributes:
+        affine: The head of mu and S.
         networks: The flow's networks, in float64.
 
     Raises:
-        InvalidInput: Where `transform` makes no flow of zuko.
+        InvalidInput: Where `transform` makes no flow of zuko, or `affine` another head or one of other sizes.
 
     References:
         Papamakarios, Nalisnick, Rezende, Mohamed, Lakshminarayanan (2021), Normalizing flows for probabilistic modeling and
@@ -122,22 +142,37 @@ class FlowHead(Head):
         >>> q = FlowHead(64, 16)(features)
     """
 
+    refining = Adam(lr=0.01)
+
     def __init__(
         self,
         num_features: int,
         size: int,
         *,
         transform: Callable[[int, int], nn.Module] = COUPLING,
+        affine: Callable[..., Head] = FullHead,
         std: float = 1.0,
     ) -> None:
-        super().__init__(num_features, size, 2 * size, std=std)
+        made = affine(num_features, size, std=std)
+        instance("FlowHead: affine", made, DiagonalHead, FullHead)
+        super().__init__(num_features, size, None, std=std)
+        if (made.num_features, made.size) != (self.num_features, self.size):
+            raise InvalidInput(
+                f"FlowHead: affine made a head of {made.num_features} features and {made.size} entries; it must be of "
+                f"{num_features} and {size}."
+            )
+        self.affine = made
         self.networks = Networks(starts_as_identity("FlowHead", transform(size, num_features)))
 
     def raw(self, features: Tensor) -> Tensor:
-        """The features, and behind them mu and log sigma."""
-        return torch.cat([features, super().raw(features)], dim=-1)
+        """The features, and behind them the numbers of mu and S."""
+        return torch.cat([features, self.affine.raw(features)], dim=-1)
+
+    def hold_raw(self) -> None:
+        """As of the head of mu and S."""
+        self.affine.hold_raw()
 
     def at(self, raw: Tensor) -> ConditionalFlow:
         """The distribution that raw numbers describe."""
-        context, mu, log_sigma = raw.split([self.num_features, self.size, self.size], dim=-1)
-        return ConditionalFlow(self.networks, context, mu, self.log_std + log_sigma)
+        context, affine = raw.split([self.num_features, raw.shape[-1] - self.num_features], dim=-1)
+        return ConditionalFlow(self.networks, context, self.affine.at(affine))

@@ -28,7 +28,7 @@ class Frame:
 
     Attributes:
         loc: `(*batch, n)`.
-        tril: L, lower triangular with a positive diagonal, `(*batch, n, n)`.
+        tril: L, lower triangular with a positive diagonal, `(*batch, n, n)`, or `(n, n)` where it is the same for all.
     """
 
     loc: Tensor

@@ -14,9 +14,12 @@ from torch.distributions import Distribution, Independent, LowRankMultivariateNo
 
 from fem_vi.arguments import positive, whole
 from fem_vi.errors import InvalidInput
+from fem_vi.vi.optimizer import Adam
 from fem_vi.vi.posterior.low_rank_precision import LowRankPrecision
 
 SMALL = 0.1
+# Where D and U can stand in for each other, D would rise first, and then come back at a creep while U takes over.
+SLOW = 0.3
 
 
 class Head(nn.Module):
@@ -27,11 +30,12 @@ class Head(nn.Module):
     Args:
         num_features: Last axis of what it is given.
         size: Entries of the vectors.
-        num_raw: Numbers that describe one distribution.
+        num_raw: Numbers that describe one distribution; None where the head has other layers for them.
         std: Standard deviation that it starts with.
 
     Attributes:
         linear: From features to raw numbers; in float64.
+        refining: Optimiser of the raw numbers of one data set, from those of a network.
 
     Raises:
         InvalidInput: Where a size is no whole number above zero, or `std` not positive.
@@ -39,14 +43,17 @@ class Head(nn.Module):
     MPI: Not collective; parameters are replicated, drawn from torch's generator.
     """
 
-    def __init__(self, num_features: int, size: int, num_raw: int, *, std: float) -> None:
+    refining = Adam(lr=0.03)
+
+    def __init__(self, num_features: int, size: int, num_raw: int | None, *, std: float) -> None:
         super().__init__()
         self.num_features = whole("num_features", num_features, least=1)
         self.size = whole("size", size, least=1)
         self.log_std = math.log(positive("std", std))
-        self.linear = nn.Linear(num_features, num_raw, dtype=torch.float64)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        if num_raw is not None:
+            self.linear = nn.Linear(num_features, num_raw, dtype=torch.float64)
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
 
     def __call__(self, features: Tensor) -> Distribution:
         """The distribution of each row of features."""
@@ -67,6 +74,10 @@ class Head(nn.Module):
     def at(self, raw: Tensor) -> Distribution:
         """The distribution that raw numbers describe."""
         raise NotImplementedError
+
+    def hold_raw(self) -> None:
+        """Keep the layer that makes raw numbers out of a fit to one data set, which has such numbers of its own."""
+        self.linear.requires_grad_(False)
 
 
 class DiagonalHead(Head):
@@ -115,7 +126,37 @@ class FullHead(Head):
         return MultivariateNormal(mu, scale_tril=_put(tril, row, column, below), validate_args=False)
 
 
-class LowRankCovarianceHead(Head):
+class LowRankHead(Head):
+    """A mean, a diagonal and `rank` directions, each with a length of its own: what both low-rank heads have in common.
+
+    Lengths are exponentials, so that an optimiser whose steps are of one size makes a direction a hundred times as long in a few
+    steps and then sets it to per cents. A new head has small directions, drawn at random: at zero their gradient would vanish.
+
+    Args:
+        num_features: Last axis of the features.
+        size: Entries of the vectors.
+        rank: Directions.
+        std: Standard deviation that it starts with, nearly.
+
+    Attributes:
+        rank: That number.
+    """
+
+    def __init__(self, num_features: int, size: int, *, rank: int, std: float = 1.0) -> None:
+        if whole("rank", rank, least=1) > whole("size", size, least=1):
+            raise InvalidInput(f"rank is {rank}; it must lie between 1 and the {size} entries of the vectors.")
+        super().__init__(num_features, size, 2 * size + rank + rank * size, std=std)
+        self.rank = rank
+        with torch.no_grad():
+            self.linear.bias[-rank * size :] = SMALL / math.sqrt(size) * torch.randn(rank * size, dtype=torch.float64)
+
+    def parts(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of raw numbers: the mean, `(*batch, size)`, the diagonal, and the directions, `(*batch, rank, size)`."""
+        mu, diagonal, log_length, flat = raw.split([self.size, self.size, self.rank, self.rank * self.size], dim=-1)
+        return mu, diagonal, log_length.exp()[..., None] * flat.unflatten(-1, (self.rank, self.size))
+
+
+class LowRankCovarianceHead(LowRankHead):
     """N(mu, W W' + D) with W of `rank` columns and D diagonal, as `LowRankMultivariateNormal`.
 
     For what varies most along a few directions, such as the solution of a PDE. For posteriors take `LowRankPrecisionHead`: data
@@ -131,25 +172,18 @@ class LowRankCovarianceHead(Head):
         >>> q = LowRankCovarianceHead(64, 400, rank=8)(features)
     """
 
-    def __init__(self, num_features: int, size: int, *, rank: int, std: float = 1.0) -> None:
-        rank = checked_rank(rank, size)
-        super().__init__(num_features, size, (2 + rank) * size, std=std)
-        self.rank = rank
-        with torch.no_grad():  # at W = 0 the gradient with respect to W would vanish
-            self.linear.bias[2 * size :] = SMALL / math.sqrt(rank) * torch.randn(rank * size, dtype=torch.float64)
-
     def at(self, raw: Tensor) -> Distribution:
         """The distribution that raw numbers describe."""
-        mu, log_sigma, W = raw.split([self.size, self.size, self.rank * self.size], dim=-1)
-        factor = math.exp(self.log_std) * W.unflatten(-1, (self.size, self.rank))
-        return LowRankMultivariateNormal(mu, factor, (2.0 * (self.log_std + log_sigma)).exp(), validate_args=False)
+        mu, log_sigma, W = self.parts(raw)
+        variance = (2.0 * (self.log_std + log_sigma)).exp()
+        return LowRankMultivariateNormal(mu, math.exp(self.log_std) * W.mT, variance, validate_args=False)
 
 
-class LowRankPrecisionHead(Head):
+class LowRankPrecisionHead(LowRankHead):
     """N(mu, (D^(1/2) (I + U U') D^(1/2))^-1) with U of `rank` columns and D diagonal, as `LowRankPrecision`.
 
     In whitened coordinates it contains the posterior of an affine map with Gaussian noise once the rank is at least the number of
-    data. For what is fixed up to a few directions, take `LowRankCovarianceHead`.
+    data, with D = I. For what is fixed up to a few directions, take `LowRankCovarianceHead`.
 
     Args:
         num_features: Last axis of the features.
@@ -161,17 +195,10 @@ class LowRankPrecisionHead(Head):
         >>> q = LowRankPrecisionHead(64, 400, rank=20)(features)
     """
 
-    def __init__(self, num_features: int, size: int, *, rank: int, std: float = 1.0) -> None:
-        rank = checked_rank(rank, size)
-        super().__init__(num_features, size, (2 + rank) * size, std=std)
-        self.rank = rank
-        with torch.no_grad():  # at U = 0 the gradient with respect to U would vanish
-            self.linear.bias[2 * size :] = SMALL / math.sqrt(size) * torch.randn(rank * size, dtype=torch.float64)
-
     def at(self, raw: Tensor) -> Distribution:
         """The distribution that raw numbers describe."""
-        mu, log_precision, U = raw.split([self.size, self.size, self.rank * self.size], dim=-1)
-        return LowRankPrecision(mu, log_precision - 2.0 * self.log_std, U.unflatten(-1, (self.rank, self.size)))
+        mu, log_precision, U = self.parts(raw)
+        return LowRankPrecision(mu, SLOW * log_precision - 2.0 * self.log_std, U)
 
 
 def _put(tril: Tensor, row: Tensor, column: Tensor, values: Tensor) -> Tensor:
@@ -179,10 +206,3 @@ def _put(tril: Tensor, row: Tensor, column: Tensor, values: Tensor) -> Tensor:
     flat = torch.zeros_like(tril).flatten(-2)
     index = (row * tril.shape[-1] + column).expand(values.shape)
     return tril + flat.scatter(-1, index, values).unflatten(-1, tril.shape[-2:])
-
-
-def checked_rank(rank: int, size: int) -> int:
-    """A rank between one and the number of entries."""
-    if whole("rank", rank, least=1) > whole("size", size, least=1):
-        raise InvalidInput(f"rank is {rank}; it must lie between 1 and the {size} entries of the vectors.")
-    return rank
