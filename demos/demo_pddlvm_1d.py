@@ -102,7 +102,7 @@ def layers(size_in: int, width: int = 64) -> nn.Module:
     return nn.Sequential(nn.Linear(size_in, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()).double()
 
 
-def learn(rod: Rod, eps: float, steps: int) -> PDDLVM:
+def learn(rod: Rod, eps: float, steps: int, rate: float) -> PDDLVM:
     """Both networks, for one size of the noise."""
     torch.manual_seed(0)
     prior = fem_vi.GaussianVector(torch.zeros(rod.num_z, dtype=torch.float64))
@@ -116,7 +116,7 @@ def learn(rod: Rod, eps: float, steps: int) -> PDDLVM:
         eps=fem_vi.FixedEps(eps),
         measure=rod.reference,
     )
-    fem_vi.fit(model.problem, model, VirtualELBO(samples=BATCH), steps=steps, optimizer=fem_vi.Adam(lr=1e-2))
+    fem_vi.fit(model.problem, model, VirtualELBO(samples=BATCH), steps=steps, optimizer=fem_vi.Adam(rate))
     return model
 
 
@@ -190,12 +190,12 @@ def square(u: Tensor) -> Tensor:
     return u.square().sum(-1)
 
 
-def study(rod: Rod, steps: int) -> list[Verdict]:
+def study(rod: Rod, steps: int, rate: float) -> list[Verdict]:
     """A verdict for each size of the noise. Each rank learns some of the models."""
     mine = []
     for eps in NOISES[COMM.rank :: COMM.size]:
         started = time.process_time()
-        model = learn(rod, eps, steps)
+        model = learn(rod, eps, steps, rate)
         mine.append(judge(model, rod, eps, time.process_time() - started))
     everyone = [verdict for some in fem_vi.parallel.all_values(COMM, mine) for verdict in some]
     return sorted(everyone, key=lambda verdict: -verdict.eps)
@@ -204,9 +204,9 @@ def study(rod: Rod, steps: int) -> list[Verdict]:
 def main(arguments: argparse.Namespace) -> None:
     """Learn, judge, draw."""
     torch.set_default_dtype(torch.float64)
-    steps = 5000 if arguments.full else 500
+    steps, rate = (5000, 3e-3) if arguments.full else (500, 1e-2)
     rods = {"linear": linear(), "nonlinear": nonlinear()}
-    verdicts = {name: study(rod, steps) for name, rod in rods.items()}
+    verdicts = {name: study(rod, steps, rate) for name, rod in rods.items()}
     for name, found in verdicts.items():
         table = Table(
             "eps", "error of u", "worst bin", "error of a", "covers of own u", "of solved u", "CPU", title=f"{name} rod"
