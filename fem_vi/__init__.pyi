@@ -166,6 +166,7 @@ from .vi.simulations import simulate as simulate
 from .vi.start import GaussNewton as GaussNewton
 from .vi.start import NewtonCG as NewtonCG
 from .vi.start import PresentParameters as PresentParameters
+from .vi.stopping import Average as Average
 from .vi.stopping import Best as Best
 from .vi.stopping import Last as Last
 from .vi.stopping import Plateau as Plateau
