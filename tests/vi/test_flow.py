@@ -25,10 +25,11 @@ from fem_vi.vi.laplace import laplace
 from fem_vi.vi.likelihood import GaussianNoise
 from fem_vi.vi.objective import ELBO, PathDerivative, TotalDerivative
 from fem_vi.vi.optimizer import Adam
-from fem_vi.vi.posterior.flow import FastDensity, FastSampling, Flow, NeuralSpline
+from fem_vi.vi.posterior.flow import FastDensity, FastSampling, Flow
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.posterior.mixture import Mixture
+from fem_vi.vi.posterior.neural_spline import AffineSpline, NeuralSpline
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.start import PresentParameters
@@ -36,6 +37,7 @@ from tests.vi.helpers import F64, Affine, numbers, split_pair
 
 KINDS: dict[str, Callable[[int], nn.Module]] = {
     "spline": NeuralSpline(transforms=2, bins=4, hidden=(8,)),
+    "affine spline": AffineSpline(transforms=2, bins=4, hidden=(8,)),
     "MAF": partial(zuko.flows.MAF, transforms=2, hidden_features=(8,)),
     "coupling": partial(zuko.flows.NICE, transforms=2, hidden_features=(8,)),
 }

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from fem_vi.vi.posterior.flow import Networks, NeuralSpline, starts_as_identity
+from fem_vi.vi.posterior.flow import Networks, starts_as_identity
 from fem_vi.vi.posterior.heads import Head
+from fem_vi.vi.posterior.neural_spline import NeuralSpline
 from fem_vi.vi.randomness import private_generator
 
 MOMENT_SAMPLES = 2048
