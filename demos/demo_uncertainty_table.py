@@ -10,7 +10,8 @@
 # same question, and long chains (make_uncertainty_reference.py) tell who is right:
 #
 # - Laplace's approximation, and normal families: mean-field, low-rank, full-rank;
-# - a normalizing flow over the full-rank normal, and a few Hamiltonian steps in its coordinates that correct what is left;
+# - a normalizing flow over the full-rank normal, whose layers may stretch the tail of one unknown where others say so, and a few
+#   Hamiltonian steps in its coordinates that correct what is left;
 # - Hamiltonian Monte Carlo and tempered sequential Monte Carlo, whose numbers are in the file.
 #
 # After Aristoff, Bangerth (2023), A benchmark for the Bayesian inversion of coefficients in partial differential equations.
@@ -24,7 +25,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -180,10 +180,10 @@ class Budget:
     corrective: int
 
 
-SHORT = Budget(normal=120, flow=160, chains=64, corrective=4)
-FULL = Budget(normal=400, flow=8000, chains=128, corrective=48)
+SHORT = Budget(normal=70, flow=120, chains=64, corrective=4)
+FULL = Budget(normal=400, flow=6000, chains=128, corrective=48)
 NEWTON = fem_vi.NewtonCG(rtol=1e-3, iterations=20)
-ADAM = partial(torch.optim.Adam, lr=1e-2)
+ADAM, SLOW_ADAM = fem_vi.Adam(lr=1e-2), fem_vi.Adam(lr=2e-3)
 
 
 def row_of_draws(name: str, draws: torch.Tensor, *, cost: tuple[int, float | None]) -> Row:
@@ -210,7 +210,7 @@ def fitted(problem: fem_vi.InverseProblem, q: torch.nn.Module, steps: int, path:
     With a path an interrupted fit goes on; its seconds are then not known.
     """
     is_flow = isinstance(q, fem_vi.Flow)
-    optimizer, start = (None, fem_vi.PresentParameters()) if is_flow else (ADAM, NEWTON)
+    optimizer, start = (SLOW_ADAM, fem_vi.PresentParameters()) if is_flow else (ADAM, NEWTON)
     began, before = time.process_time(), problem.cost.solves
     run = fem_vi.fit(
         problem, q, fem_vi.ELBO(samples=32), steps=steps, optimizer=optimizer, start=start, path=path, resume=path is not None
@@ -236,9 +236,9 @@ def normal_rows(problem: fem_vi.InverseProblem, steps: int, out: Path | None) ->
 
 
 def create_flow(normal: torch.nn.Module) -> fem_vi.Flow:
-    """Four autoregressive layers of splines over a fitted normal."""
+    """Four autoregressive layers over a fitted normal, each a spline, a shift and a scale."""
     torch.manual_seed(0)
-    return fem_vi.Flow(normal.prior, fem_vi.NeuralSpline(transforms=4, bins=8, hidden=(128,)), affine=normal)
+    return fem_vi.Flow(normal.prior, fem_vi.AffineSpline(transforms=4, bins=8, hidden=(192,)), affine=normal)
 
 
 def added(*costs: tuple[int, float | None]) -> tuple[int, float | None]:
@@ -311,7 +311,7 @@ def check(exact: Reference, rows: dict[str, Row]) -> None:
     gaps = {name: exact.log_evidence - row.elbo for name, row in rows.items() if row.elbo is not None}
     for name in normals:
         assert rows[name].khat > LIMIT, f"{name} is not flagged"
-        assert gaps[name] > gaps["flow"] > 0.0, gaps
+        assert 0.6 * gaps[name] > gaps["flow"] > 0.0, gaps
     errors = {name: np.abs(np.array(row.mean) - exact.mean) / exact.sd for name, row in rows.items()}
     assert errors["flow, corrected"].mean() < errors["full-rank"].mean(), errors
 

@@ -140,7 +140,6 @@ from .vi.posterior.amortised import Amortised as Amortised
 from .vi.posterior.flow import FastDensity as FastDensity
 from .vi.posterior.flow import FastSampling as FastSampling
 from .vi.posterior.flow import Flow as Flow
-from .vi.posterior.flow import NeuralSpline as NeuralSpline
 from .vi.posterior.flow_head import FlowHead as FlowHead
 from .vi.posterior.full_rank import FullRankNormal as FullRankNormal
 from .vi.posterior.heads import DiagonalHead as DiagonalHead
@@ -152,6 +151,8 @@ from .vi.posterior.low_rank import LowRankNormal as LowRankNormal
 from .vi.posterior.low_rank import UnitDiagonal as UnitDiagonal
 from .vi.posterior.mean_field import MeanFieldNormal as MeanFieldNormal
 from .vi.posterior.mixture import Mixture as Mixture
+from .vi.posterior.neural_spline import AffineSpline as AffineSpline
+from .vi.posterior.neural_spline import NeuralSpline as NeuralSpline
 from .vi.posterior.sparse_precision import SparsePrecisionNormal as SparsePrecisionNormal
 from .vi.predictive import PredictiveCheck as PredictiveCheck
 from .vi.predictive import predictive_check as predictive_check
@@ -166,6 +167,7 @@ from .vi.simulations import simulate as simulate
 from .vi.start import GaussNewton as GaussNewton
 from .vi.start import NewtonCG as NewtonCG
 from .vi.start import PresentParameters as PresentParameters
+from .vi.stopping import Average as Average
 from .vi.stopping import Best as Best
 from .vi.stopping import Last as Last
 from .vi.stopping import Plateau as Plateau

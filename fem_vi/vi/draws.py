@@ -87,6 +87,18 @@ class WeighsWhatItDraws(Protocol):
         """What becomes of white noise, and log q - log p there."""
 
 
+@runtime_checkable
+class FollowsItsPath(Protocol):
+    """One that has the path derivative of its draws without the density of given points."""
+
+    @property
+    def has_path(self) -> bool:
+        """Whether it has."""
+
+    def push_on_path(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """What becomes of white noise, and log q - log p there with q held constant."""
+
+
 @dataclass(frozen=True)
 class Draws:
     """Samples of one evaluation of an objective.
@@ -137,7 +149,7 @@ def take(
         prior: Prior of m.
         samples: How many; a mixture shares them out among its components.
         noise: What they are made of.
-        path: Hold the density constant. A distribution that has it only at a price (`FastSampling`) does not.
+        path: Hold the density constant. A distribution that has it at a price alone does not.
         q: `posterior()`, where it is known already.
 
     Raises:
@@ -148,6 +160,9 @@ def take(
     q = distribution_of(posterior) if q is None else q
     equal = torch.full((samples,), 1.0 / samples, dtype=torch.float64)
     if isinstance(q, RelativeToPrior) and q.prior is prior:
+        if path and isinstance(q, FollowsItsPath) and q.has_path:
+            xi, log_ratio = q.push_on_path(noise(prior, samples))
+            return Draws(prior.unwhiten(xi), log_ratio, equal, True)
         if isinstance(q, WeighsWhatItDraws) and not (path and q.weighs_cheaply):
             xi, log_ratio = q.push_weighed(noise(prior, samples))
             return Draws(prior.unwhiten(xi), log_ratio, equal, False)

@@ -48,7 +48,7 @@ from fem_vi.vi.run import (
 from fem_vi.vi.session import Session, make_checkpoint, take_checkpoint
 from fem_vi.vi.start import GaussNewton, NewtonCG, PresentParameters, default_start, starts_linearised
 from fem_vi.vi.state import gather_parameters, is_field
-from fem_vi.vi.stopping import AllSteps, Best, Last, Plateau
+from fem_vi.vi.stopping import AllSteps, Average, Best, Last, Plateau
 
 # Where nothing but rounding errors is left, Adam would scale them up to full steps, and precise data make these costly. Two
 # signs of it. A gradient this small, in nats per whitened unit, leaves less than 1e-11 nats to gain, the bound's curvature being
@@ -72,7 +72,7 @@ def fit(
     seed: int = 0,
     checkpoint_every: int = 50,
     stop: Callable[[Sequence[Row]], bool] | AllSteps | Plateau = AllSteps(),  # noqa: B008 - frozen
-    keep: Last | Best = Last(),  # noqa: B008 - frozen
+    keep: Last | Best | Average = Last(),  # noqa: B008 - frozen
     callbacks: Sequence[Callable[[Row], None]] = (),
 ) -> Run:
     """Fit a posterior to an inverse problem, or a model to one stage of its training, by stochastic gradients.
@@ -98,7 +98,8 @@ def fit(
         seed: Of the samples; rank 0's counts. The state of torch's generator is left as it was found.
         checkpoint_every: Steps between checkpoints.
         stop: Whether to stop before all steps are done, from the history: `Plateau()`, for example.
-        keep: `Last()`, or `Best()` to end with the parameters that had the best mean ELBO over a window.
+        keep: `Last()`; or `Best()` to end with the parameters that had the best mean ELBO over a window, `Average()` with a mean
+            of those of the last steps.
         callbacks: Called with each row of the history, on every rank.
 
     Returns:
@@ -132,7 +133,7 @@ def fit(
             raise InvalidInput(f"schedule is the class {schedule.__name__}; make one of it: {schedule.__name__}().")
         instance("start", start, GaussNewton, NewtonCG, PresentParameters, NoneType)
         instance("stop", stop, Callable)  # type: ignore[arg-type]
-        instance("keep", keep, Last, Best)
+        instance("keep", keep, Last, Best, Average)
         instance("callbacks", callbacks, Sequence)
         for callback in callbacks:
             instance("callbacks: an entry", callback, Callable)  # type: ignore[arg-type]
@@ -308,7 +309,7 @@ def _loop(
             while session.step < session.steps and not stop(session.history):
                 row = _take_step(session)
                 session.history.append(row)
-                session.note_best()
+                session.note()
                 with raise_on_all(comm):
                     if file is not None:
                         file.append(row.values())

@@ -73,10 +73,13 @@ class PathDerivative:
 
     The score of q, whose expectation is zero, is left out. Where q is the posterior, every sample gives the log evidence and
     a gradient of zero: neither has any variance. Other objectives have their own weights for the derivative through the samples.
-    A `Flow` with `FastSampling()` gives the `TotalDerivative` in its place.
+    A `Flow` whose networks map noise to samples has it along that map, where its layers are autoregressive; of others, such as
+    `zuko.flows.NICE`, the `TotalDerivative` takes its place.
 
     References:
         Roeder, Wu, Duvenaud (2017), Sticking the landing: simple, lower-variance gradient estimators for variational inference.
+        Vaitl, Nicoli, Nakajima, Kessel (2022), Gradients should stay on path: better estimators of the reverse- and forward KL
+        divergence for normalizing flows.
     """
 
 
@@ -84,7 +87,7 @@ class PathDerivative:
 class TotalDerivative:
     """The score of q is kept: the derivative through the samples and through the density.
 
-    Noisier near the optimum, and what a family gives whose density costs much away from its own draws (`FastSampling`).
+    Noisier near the optimum, and the cheaper of the two for a `Flow`.
     """
 
 

@@ -16,7 +16,7 @@ from fem_vi.vi.objective import Objective, Terms
 from fem_vi.vi.problem import Cost, Problem
 from fem_vi.vi.run import Row
 from fem_vi.vi.state import gather_optimizer, gather_parameters, gather_state, scatter_optimizer, scatter_parameters
-from fem_vi.vi.stopping import Best, Last
+from fem_vi.vi.stopping import Average, Best, Last
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Session:
         keep: Which parameters the fit ends with.
         noise: Seed of every evaluation, where all share one draw of noise; None for fresh ones.
         best: The best mean ELBO of a window, and the parameters at its end; with `Best` only.
+        average: The mean of the parameters; with `Average` only.
     """
 
     problem: Problem
@@ -49,9 +50,10 @@ class Session:
     history: list[Row] = field(default_factory=list)
     spent: Cost = field(default_factory=Cost)
     began: float = field(default_factory=time.monotonic)
-    keep: Last | Best = Last()  # noqa: RUF009 - frozen
+    keep: Last | Best | Average = Last()  # noqa: RUF009 - frozen
     noise: int | None = None
     best: tuple[float, dict[str, Tensor]] | None = None
+    average: dict[str, Tensor] | None = None
 
     def evaluate(self) -> Terms:
         """The objective at the present parameters. Collective."""
@@ -68,16 +70,24 @@ class Session:
             return math.inf
         return value if math.isfinite(value) else math.inf
 
-    def note_best(self) -> None:
-        """Keep the present parameters where the window that has just ended was the best."""
+    def note(self) -> None:
+        """Take note of the present parameters, for those that the fit will end with."""
         mean = self.keep.mean(self.history) if isinstance(self.keep, Best) else None
         if mean is not None and (self.best is None or mean > self.best[0]):
-            self.best = mean, {name: value.detach().clone() for name, value in self.posterior.state_dict().items()}
+            self.best = mean, _copied(self.posterior)
+        if isinstance(self.keep, Average):
+            if self.average is None:
+                self.average = _copied(self.posterior)
+            share = self.keep.share(self.step)
+            for name, value in self.posterior.state_dict().items():
+                if value.is_floating_point():
+                    self.average[name].lerp_(value, share)
 
     def take_kept(self) -> None:
         """Set the parameters that the fit ends with."""
-        if self.best is not None:
-            self.posterior.load_state_dict(self.best[1])
+        kept = self.average if self.best is None else self.best[1]
+        if kept is not None:
+            self.posterior.load_state_dict(kept)
 
     def cost(self) -> Cost:
         """Samples solved by this run."""
@@ -89,6 +99,11 @@ class Session:
         now = self.problem.cost
         self.spent = Cost(cost.forward - now.forward, cost.backward - now.backward)
         self.began = time.monotonic() - seconds
+
+
+def _copied(posterior: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers as they are now, field tensors owned."""
+    return {name: value.detach().clone() for name, value in posterior.state_dict().items()}
 
 
 def take_checkpoint(session: Session, checkpoint: Checkpoint) -> None:
@@ -111,14 +126,21 @@ def take_checkpoint(session: Session, checkpoint: Checkpoint) -> None:
     scatter_optimizer(session.optimizer, session.posterior, prior, part("optimizer."))
     torch.set_rng_state(generator)
     if "best" in checkpoint.tensors:
-        present = {name: value.clone() for name, value in session.posterior.state_dict().items()}
-        scatter_parameters(session.posterior, prior, part("best."))
-        kept = {name: value.clone() for name, value in session.posterior.state_dict().items()}
-        session.best = float(checkpoint.tensors["best"]), kept
-        session.posterior.load_state_dict(present)
+        session.best = float(checkpoint.tensors["best"]), _scattered(session, part("best."))
+    if average := part("average."):
+        session.average = _scattered(session, average)
     numbers = checkpoint.numbers
     session.step = checkpoint.step
     session.continue_from(Cost(int(numbers["forward"]), int(numbers["backward"])), numbers["seconds"])
+
+
+def _scattered(session: Session, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What this rank owns of a state that is not the present one. Collective."""
+    present = _copied(session.posterior)
+    scatter_parameters(session.posterior, session.problem.prior, tensors)
+    state = _copied(session.posterior)
+    session.posterior.load_state_dict(present)
+    return state
 
 
 def make_checkpoint(session: Session) -> Checkpoint:
@@ -133,6 +155,9 @@ def make_checkpoint(session: Session) -> Checkpoint:
         mean, state = session.best
         tensors["best"] = torch.tensor(mean, dtype=torch.float64)
         tensors |= {f"best.{name}": value for name, value in gather_state(session.posterior, prior, state).items()}
+    if session.average is not None:
+        state = gather_state(session.posterior, prior, session.average)
+        tensors |= {f"average.{name}": value for name, value in state.items()}
     cost = session.cost()
     numbers = {"forward": cost.forward, "backward": cost.backward, "seconds": time.monotonic() - session.began}
     return Checkpoint(session.step, tensors, numbers)

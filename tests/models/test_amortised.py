@@ -24,12 +24,13 @@ from fem_vi.vi.likelihood import GaussianNoise
 from fem_vi.vi.objective import ELBO, TotalDerivative
 from fem_vi.vi.optimizer import Adam, Cosine
 from fem_vi.vi.posterior.amortised import Amortised
-from fem_vi.vi.posterior.flow import Flow, NeuralSpline
+from fem_vi.vi.posterior.flow import Flow
 from fem_vi.vi.posterior.flow_head import FlowHead
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.heads import DiagonalHead, FullHead, LowRankCovarianceHead, LowRankPrecisionHead
 from fem_vi.vi.posterior.low_rank import FreeDiagonal, LowRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
+from fem_vi.vi.posterior.neural_spline import NeuralSpline
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.sensors import AllSensors, RandomSensors, SensorData

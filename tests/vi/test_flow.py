@@ -23,12 +23,13 @@ from fem_vi.vi.draws import QuasiMonteCarlo
 from fem_vi.vi.fit import fit
 from fem_vi.vi.laplace import laplace
 from fem_vi.vi.likelihood import GaussianNoise
-from fem_vi.vi.objective import ELBO, PathDerivative, TotalDerivative
+from fem_vi.vi.objective import ELBO, PathDerivative, TotalDerivative, frozen
 from fem_vi.vi.optimizer import Adam
-from fem_vi.vi.posterior.flow import FastDensity, FastSampling, Flow, NeuralSpline
+from fem_vi.vi.posterior.flow import FastDensity, FastSampling, Flow
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.posterior.mixture import Mixture
+from fem_vi.vi.posterior.neural_spline import AffineSpline, NeuralSpline
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.start import PresentParameters
@@ -36,6 +37,7 @@ from tests.vi.helpers import F64, Affine, numbers, split_pair
 
 KINDS: dict[str, Callable[[int], nn.Module]] = {
     "spline": NeuralSpline(transforms=2, bins=4, hidden=(8,)),
+    "affine spline": AffineSpline(transforms=2, bins=4, hidden=(8,)),
     "MAF": partial(zuko.flows.MAF, transforms=2, hidden_features=(8,)),
     "coupling": partial(zuko.flows.NICE, transforms=2, hidden_features=(8,)),
 }
@@ -137,9 +139,56 @@ def test_objectives_take_the_derivative_that_is_cheap():
     assert eps == {FastSampling: True, FastDensity: False}
 
 
-def test_path_derivative_has_no_variance_at_the_exact_posterior():
+LAYERS = {name: KINDS[name] for name in ("spline", "affine spline", "MAF")} | {
+    "coupling by layers": NeuralSpline(transforms=3, bins=4, hidden=(9,), passes=2),
+    "deep": partial(zuko.flows.MAF, transforms=2, hidden_features=(11, 6, 5), activation=nn.ELU, randperm=True),
+    "linear": partial(zuko.flows.MAF, transforms=1, hidden_features=()),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_path_derivative_along_the_map_is_that_of_the_density(name):
+    prior = Affine.create(4).prior
+    torch.manual_seed(0)
+    flow = Flow(prior, LAYERS[name])
+    with torch.no_grad():
+        for k, value in enumerate(flow.parameters()):
+            value += 0.3 * numbers(k, *value.shape)
+    q, eps, weights = flow(), numbers(1, 6, 4), numbers(2, 6)
+    assert q.has_path
+    xi, log_ratio = q.push_on_path(eps)
+    for ours, theirs in zip((xi, log_ratio), q.push_weighed(eps), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    # The textbook: the density with its parameters held constant, at the draws, by the inverse of the map.
+    expected = frozen(flow).log_ratio(q.push(eps))
+    parameters = [value for value in flow.parameters() if value.requires_grad]
+    ours, theirs = (torch.autograd.grad((weights * each).sum(), parameters) for each in (log_ratio, expected))
+    assert max(float(value.abs().max()) for value in theirs) > 1.0
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(q.push_on_path(eps)[1], log_ratio.detach())
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        partial(zuko.flows.NICE, transforms=2, hidden_features=(8,)),
+        partial(zuko.flows.MAF, transforms=2, hidden_features=(8, 8), residual=True),
+        partial(zuko.flows.MAF, transforms=1, hidden_features=(8,), activation=partial(nn.Softmax, dim=-1)),
+        partial(zuko.flows.NAF, transforms=2, hidden_features=(8,)),  # squeezes between its layers
+    ],
+)
+def test_other_maps_are_not_followed(transform):
+    prior = Affine.create(4).prior
+    assert not Flow(prior, transform)().has_path
+    assert not Flow(prior, LAYERS["MAF"], direction=FastDensity())().has_path
+
+
+@direction
+def test_path_derivative_has_no_variance_at_the_exact_posterior(direction):
     affine = Affine.create()
-    flow = Flow(affine.prior, KINDS["MAF"], affine=laplace(affine.problem()), direction=FastDensity())
+    flow = Flow(affine.prior, KINDS["MAF"], affine=laplace(affine.problem()), direction=direction)
     terms = ELBO(samples=4)(affine.problem(), flow)
     terms.loss.backward()
     assert max(float(value.grad.abs().max()) for value in flow.parameters() if value.grad is not None) < 1e-6

@@ -10,9 +10,9 @@ import zuko
 from torch.distributions import MultivariateNormal
 
 from fem_vi.errors import InvalidInput
-from fem_vi.vi.posterior.flow import NeuralSpline
 from fem_vi.vi.posterior.flow_head import FlowHead
 from fem_vi.vi.posterior.heads import DiagonalHead, FullHead, LowRankCovarianceHead, LowRankPrecisionHead
+from fem_vi.vi.posterior.neural_spline import NeuralSpline
 from tests.vi.helpers import F64, numbers
 
 SPLINE = NeuralSpline(transforms=2, bins=4, hidden=(8,), passes=2)

@@ -19,13 +19,13 @@ from fem_vi import output
 from fem_vi.errors import FemViError, FitInterrupted, InvalidInput, RunFolderError
 from fem_vi.vi.fit import fit
 from fem_vi.vi.interrupt import noted_signals
-from fem_vi.vi.objective import ELBO
+from fem_vi.vi.objective import ELBO, TotalDerivative
 from fem_vi.vi.optimizer import Adam, Constant
 from fem_vi.vi.posterior.low_rank import LowRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.run import Row
 from fem_vi.vi.start import PresentParameters
-from fem_vi.vi.stopping import Best, Last, Plateau
+from fem_vi.vi.stopping import Average, Best, Last, Plateau
 from tests.vi.helpers import F64, Affine, split_pair
 
 COMM = MPI.COMM_WORLD
@@ -113,9 +113,35 @@ def test_keeps_the_best():
     assert abs(kept[Best] - float(means.max())) < 2.0
 
 
+def test_keeps_an_average():
+    # By hand: the plain mean of three, then a third of the way to each that follows.
+    affine, seen = Affine.create(3, 2), []
+    posterior = MeanFieldNormal(affine.prior)
+    arguments = {"steps": 6, "start": PresentParameters(), "optimizer": Adam(lr=0.05)}
+    note = [lambda row: seen.append(posterior.mu.detach().clone())]
+    fit(affine.problem(), posterior, ELBO(samples=4), keep=Average(window=3), callbacks=note, **arguments)
+    expected = torch.stack(seen[:3]).mean(0)
+    for mu in seen[3:]:
+        expected = expected + (mu - expected) / 3
+    torch.testing.assert_close(posterior.mu, expected, rtol=1e-12, atol=1e-12)
+    assert float((posterior.mu.detach() - seen[-1]).abs().max()) > 1e-3
+
+
+def test_an_average_lies_nearer_to_the_optimum_than_the_last_step():
+    affine = Affine.create()
+    exact, errors = affine.prior.whiten(affine.posterior().mean), []
+    for keep in (Last(), Average(window=100)):
+        posterior = MeanFieldNormal(affine.prior)
+        options = {"optimizer": Adam(lr=0.2), "schedule": Constant(), "keep": keep, "start": PresentParameters()}
+        fit(affine.problem(), posterior, ELBO(samples=2, gradient=TotalDerivative()), steps=300, **options)
+        errors.append(float((posterior.mu - exact).norm().detach()))
+    assert errors[1] < 0.5 * errors[0]
+
+
 @pytest.mark.mpi
-def test_the_best_survives_an_interruption(tmp_path):
-    arguments = {"steps": 14, "start": PresentParameters(), "optimizer": Adam(lr=0.05), "keep": Best(window=3), "seed": 2}
+@pytest.mark.parametrize("keep", [Best(window=3), Average(window=5)])
+def test_what_is_kept_survives_an_interruption(tmp_path, keep):
+    arguments = {"steps": 14, "start": PresentParameters(), "optimizer": Adam(lr=0.05), "keep": keep, "seed": 2}
 
     def fitted(**options):
         problem, _ = split_pair()
@@ -132,7 +158,7 @@ def test_the_best_survives_an_interruption(tmp_path):
     resumed = fitted(path=tmp_path / "run", resume=True)
     assert torch.equal(resumed.posterior.mu, whole.posterior.mu)
     assert torch.equal(resumed.posterior.log_scale, whole.posterior.log_scale)
-    with pytest.raises(RunFolderError, match=r"keep Best\(window=3\).*Last"):
+    with pytest.raises(RunFolderError, match=rf"keep {type(keep).__name__}\(window=.\).*Last"):
         arguments["keep"] = Last()
         fitted(path=tmp_path / "run", resume=True)
 
@@ -227,7 +253,7 @@ def test_refusals():
     affine = Affine.create()
     for arguments, words in (
         ({"stop": "plateau"}, r"stop is 'plateau'"),
-        ({"keep": Best}, r"keep is .*Last or Best"),
+        ({"keep": Best}, r"keep is .*Last or Best or Average"),
     ):
         with pytest.raises(InvalidInput, match=words):
             fit(affine.problem(), MeanFieldNormal(affine.prior), ELBO(), steps=1, **arguments)
@@ -235,6 +261,7 @@ def test_refusals():
         (lambda: Plateau(window=1), r"window is 1"),
         (lambda: Plateau(tolerance=0), r"tolerance is 0"),
         (lambda: Best(window=0), r"window is 0"),
+        (lambda: Average(window=0), r"window is 0"),
     ):
         with pytest.raises(InvalidInput, match=words):
             make()

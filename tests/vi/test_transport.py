@@ -15,9 +15,10 @@ from fem_vi.vi.mcmc.pcn import PCN
 from fem_vi.vi.mcmc.smc import smc
 from fem_vi.vi.mcmc.warm_up import LearnDense
 from fem_vi.vi.objective import ELBO
-from fem_vi.vi.posterior.flow import FastDensity, FastSampling, Flow, NeuralSpline
+from fem_vi.vi.posterior.flow import FastDensity, FastSampling, Flow
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.posterior.mixture import Mixture
+from fem_vi.vi.posterior.neural_spline import NeuralSpline
 from fem_vi.vi.posterior.scale import TriangularScale
 from fem_vi.vi.randomness import private_generator
 from tests.vi.helpers import F64, Affine, numbers

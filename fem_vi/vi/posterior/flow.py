@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
-from fem_vi.arguments import instance, whole
+from fem_vi.arguments import instance
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all, shared_seed
 from fem_vi.vi.optimizer import Adam
+from fem_vi.vi.posterior.flow_path import ForwardPath, follows
 from fem_vi.vi.posterior.full_rank import FullRankNormal
+from fem_vi.vi.posterior.neural_spline import NeuralSpline, import_zuko
 from fem_vi.vi.posterior.sampled import SampledDistribution
 from fem_vi.vi.posterior.scale import Scale
 from fem_vi.vi.posterior.whitened_family import FamilyOverPrior, WhitenedFamily
@@ -26,62 +25,12 @@ from fem_vi.vi.randomness import private_generator
 from fem_vi.vi.start import Linearisation
 
 
-def import_zuko() -> ModuleType:
-    """Zuko, with the argument validation of torch's distributions left as it was: importing it turns that off everywhere."""
-    if "zuko" not in sys.modules:
-        names = ("_validate_args", "arg_constraints")
-        before = {name: Distribution.__dict__[name] for name in names}
-        import zuko.flows
-
-        for name, value in before.items():
-            setattr(Distribution, name, value)
-    import zuko
-
-    return zuko
-
-
-@dataclass(frozen=True)
-class NeuralSpline:
-    """Autoregressive rational-quadratic splines on [-5, 5], the identity outside.
-
-    Attributes:
-        transforms: Layers, with the order of the unknowns reversed from one to the next.
-        bins: Pieces of each spline.
-        hidden: Width of the hidden layers of the networks that give the knots.
-        passes: Passes of the direction that is not the networks' own; 2 makes it a coupling flow, None one for each unknown.
-
-    References:
-        Durkan, Bekasov, Murray, Papamakarios (2019), Neural spline flows.
-    """
-
-    transforms: int = 4
-    bins: int = 8
-    hidden: tuple[int, ...] = (64, 64)
-    passes: int | None = None
-
-    def __post_init__(self) -> None:
-        whole("NeuralSpline: transforms", self.transforms, least=1)
-        whole("NeuralSpline: bins", self.bins, least=2)
-        for width in self.hidden:
-            whole("NeuralSpline: hidden: an entry", width, least=1)
-        if self.passes is not None:
-            whole("NeuralSpline: passes", self.passes, least=1)
-
-    def __call__(self, features: int, context: int = 0) -> nn.Module:
-        """The flow over so many unknowns, with so many numbers as context."""
-        flows = import_zuko().flows
-        flow: nn.Module = flows.NSF(
-            features, context, transforms=self.transforms, bins=self.bins, passes=self.passes, hidden_features=self.hidden
-        )
-        return flow
-
-
 @dataclass(frozen=True)
 class FastSampling:
     """The networks map noise to samples: a draw and its density cost one pass (an inverse autoregressive flow).
 
-    The density of a point that the flow did not draw costs a pass for each unknown. `PathDerivative` would need that, so that
-    objectives take the `TotalDerivative` instead.
+    The density of a point that the flow did not draw costs a pass for each unknown. `PathDerivative` does without: along the
+    map of autoregressive layers the slope of log q comes with the draw, for as much again as a draw and its gradient cost.
 
     References:
         Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling (2016), Improved variational inference with inverse autoregressive
@@ -116,9 +65,13 @@ class Affine:
     shift: Tensor
     log_scale: Tensor
 
+    def moved(self, z: Tensor) -> Tensor:
+        """Shift + exp(log_scale) z, `(*batch, n)`."""
+        return self.shift + self.log_scale.exp() * z
+
     def apply(self, z: Tensor) -> Tensor:
         """Xi, `(*batch, n)`."""
-        return self.mu + self.scale.apply(self.shift + self.log_scale.exp() * z)
+        return self.mu + self.scale.apply(self.moved(z))
 
     def invert(self, xi: Tensor) -> Tensor:
         """Z, `(*batch, n)`."""
@@ -184,6 +137,21 @@ class FlowDistribution(SampledDistribution):
         xi = self._affine.apply(z)
         return xi, 0.5 * (xi.square().sum(-1) - eps.square().sum(-1)) - ladj - self._affine.logdet()
 
+    @property
+    def has_path(self) -> bool:
+        """Whether `push_on_path` is to be had."""
+        return self._samples_forward and follows(self._networks.transform)
+
+    def push_on_path(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """As `push_weighed`, with the density held constant: differentiable through the point alone. `(count, n)`."""
+        z, log_q, slope = torch.func.functional_call(ForwardPath(self._networks.transform), self._parameters, (eps,))  # type: ignore[attr-defined]
+        moved = self._affine.moved(z)
+        xi = self._affine.mu + self._affine.scale.apply(moved)
+        value = log_q - self._affine.logdet() + 0.5 * xi.square().sum(-1)
+        # A change of xi = mu + S u changes log q by <S^-T exp(-b) g, dxi> = <exp(-b) g, du>, and log p by -<xi, dxi>.
+        along = (slope * (-self._affine.log_scale.detach()).exp() * moved).sum(-1) + 0.5 * xi.square().sum(-1)
+        return xi, value.detach() + along - along.detach()
+
     def pull(self, xi: Tensor) -> Tensor:
         """The white noise that becomes xi, `(*batch, n)`."""
         return self._map(self._affine.invert(xi), inverse=self._samples_forward)[0]
@@ -207,7 +175,7 @@ class Flow(FamilyOverPrior):
 
     Args:
         prior: Prior of m; its unknowns must be replicated (`GaussianVector`, not a field).
-        transform: Makes a flow of zuko over n unknowns: `NeuralSpline()`, `zuko.flows.MAF`, or
+        transform: Makes a flow of zuko over n unknowns: `NeuralSpline()`, `AffineSpline()`, `zuko.flows.MAF`, or
             `partial(zuko.flows.NICE, transforms=6)` for example.
         affine: The normal family of mu and S, of which a copy is taken; `FullRankNormal(prior)` where None.
         direction: `FastSampling()` or `FastDensity()`.
@@ -238,7 +206,7 @@ class Flow(FamilyOverPrior):
     def __init__(
         self,
         prior: FieldPrior,
-        transform: Callable[[int], nn.Module] = NeuralSpline(),
+        transform: Callable[[int], nn.Module] = NeuralSpline(),  # noqa: B008 - frozen
         *,
         affine: WhitenedFamily | None = None,
         direction: FastSampling | FastDensity = FastSampling(),

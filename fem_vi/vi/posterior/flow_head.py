@@ -13,8 +13,9 @@ from torch.distributions import Distribution, constraints
 from fem_vi.arguments import instance
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.optimizer import Adam
-from fem_vi.vi.posterior.flow import Networks, NeuralSpline, starts_as_identity
+from fem_vi.vi.posterior.flow import Networks, starts_as_identity
 from fem_vi.vi.posterior.heads import DiagonalHead, FullHead, Head
+from fem_vi.vi.posterior.neural_spline import NeuralSpline
 from fem_vi.vi.randomness import private_generator
 
 MOMENT_SAMPLES = 2048
