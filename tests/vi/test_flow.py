@@ -176,6 +176,7 @@ def test_path_derivative_along_the_map_is_that_of_the_density(name):
         partial(zuko.flows.NICE, transforms=2, hidden_features=(8,)),
         partial(zuko.flows.MAF, transforms=2, hidden_features=(8, 8), residual=True),
         partial(zuko.flows.MAF, transforms=1, hidden_features=(8,), activation=partial(nn.Softmax, dim=-1)),
+        partial(zuko.flows.MAF, transforms=1, hidden_features=(8,), activation=partial(nn.ReLU, inplace=True)),
         partial(zuko.flows.NAF, transforms=2, hidden_features=(8,)),  # squeezes between its layers
     ],
 )

@@ -77,7 +77,9 @@ def _is_plain(network: nn.Sequential) -> bool:
     """Whether masked linear layers and elementwise activations take turns, from one linear layer to another."""
     linear = [hasattr(part, "mask") for part in network]
     turns = linear[0] and linear[-1] and all(a != b for a, b in pairwise(linear))
-    return turns and all(isinstance(part, ELEMENTWISE) for part, is_linear in zip(network, linear, strict=True) if not is_linear)
+    others = [part for part, is_linear in zip(network, linear, strict=True) if not is_linear]
+    # One that works in place has overwritten what its derivative is taken with respect to.
+    return turns and all(isinstance(part, ELEMENTWISE) and not getattr(part, "inplace", False) for part in others)
 
 
 def _through(layer: Any, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
