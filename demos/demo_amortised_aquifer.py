@@ -16,9 +16,9 @@
 #     mpirun -n 2 python demos/demo_amortised_aquifer.py    # two ranks share out the simulations
 #     python demos/demo_amortised_aquifer.py --full         # ten times the simulations, a wider network: four minutes
 #
-# With `--full` (one thread: simulations 50 s, training 153 s) the network tells 14.9 nats of the truth, as committed 13.5, and 51 %
-# and 89 % of the truths lie in intervals of 50 % and 90 %. A fit to one campaign still has the higher bound, by 7 nats on average of
-# five; refining gains 3.5 nats in the first campaign, in 2.7 s.
+# With `--full` (one thread: simulations 50 s, training 153 s) the network tells 14.9 nats of the truth, as committed 13.5; 51 %
+# and 89 % of the truths lie in intervals of 50 % and 90 %. A fit to one campaign still has the higher bound, by 7 nats on average
+# of five; refining gains 3.5 nats in the first campaign, in 2.7 s.
 
 import argparse
 import time
