@@ -17,7 +17,11 @@
 #
 #     python demos/demo_pddlvm_1d.py               # half a minute; the picture goes to runs/pddlvm_1d
 #     mpirun -n 2 python demos/demo_pddlvm_1d.py   # the ten models shared out between two ranks: the same numbers
-#     python demos/demo_pddlvm_1d.py --full        # ten times as many steps
+#     python demos/demo_pddlvm_1d.py --full        # ten times as many steps: five minutes
+#
+# What that buys, in 316 s of CPU time, for eps of 0.01 and less: squared errors of u of 1e-5 to 3e-5 in place of 2e-4 on the
+# linear rod, and of 1.3e-5 in place of 5e-4 on the other; in the worst bin 2e-4 at most. The a of the linear rod is found to 0.012
+# in place of 0.065; that of the other is not, since u does not determine it.
 
 import argparse
 import time
@@ -270,5 +274,5 @@ def draw_solutions(axes: plt.Axes, rod: Rod, verdict: Verdict) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Forward and inverse networks of a rod, from residuals alone.")
     parser.add_argument("--out", type=Path, default=Path("runs") / "pddlvm_1d")
-    parser.add_argument("--full", action="store_true", help="ten times as many steps")
+    parser.add_argument("--full", action="store_true", help="ten times as many steps: five minutes")
     main(parser.parse_args())
