@@ -20,8 +20,8 @@
 #     python demos/demo_pddlvm_1d.py --full        # ten times as many steps: five minutes
 #
 # What that buys, in 316 s of CPU time, for eps of 0.01 and less: squared errors of u of 1e-5 to 3e-5 in place of 2e-4 on the
-# linear rod, and of 1.3e-5 in place of 5e-4 on the other; in the worst bin 2e-4 at most. The a of the linear rod is found to 0.012
-# in place of 0.065; that of the other is not, since u does not determine it.
+# linear rod, and of 1.3e-5 in place of 5e-4 on the other; in the worst bin 2e-4 at most. The a of the linear rod is found to
+# 0.012 in place of 0.065; that of the other is not, since u does not determine it.
 
 import argparse
 import time
