@@ -12,7 +12,7 @@
 # - Laplace's approximation, and normal families: mean-field, low-rank, full-rank;
 # - a normalizing flow over the full-rank normal, whose layers may stretch the tail of one unknown where others say so, and a few
 #   Hamiltonian steps in its coordinates that correct what is left;
-# - Hamiltonian Monte Carlo and tempered sequential Monte Carlo, whose numbers are in the file.
+# - Hamiltonian Monte Carlo, Pyro's NUTS and tempered sequential Monte Carlo, whose numbers are in the file.
 #
 # After Aristoff, Bangerth (2023), A benchmark for the Bayesian inversion of coefficients in partial differential equations.
 #
@@ -138,12 +138,12 @@ class Reference:
     def read(path: Path) -> "Reference":
         """From the file that make_uncertainty_reference.py writes."""
         content = json.loads(path.read_text())
-        hmc, smc = content["hmc"], content["smc"]
+        hmc, smc, nuts = content["hmc"], content["smc"], content["nuts"]
         arrays = (np.array(value) for value in (content["y"], hmc["mean"], hmc["sd"], hmc["levels"], hmc["quantiles"]))
         hmc["band"] = [hmc["quantiles"][hmc["levels"].index(level)] for level in BAND]
         rows = [
             Row(name.upper(), part["solves"], part["cpu_seconds"], None, None, part["mean"], part["sd"], part["band"])
-            for name, part in (("smc", smc), ("hmc", hmc))
+            for name, part in (("smc", smc), ("nuts", nuts), ("hmc", hmc))
         ]
         return Reference(*arrays, smc["log_evidence"], 1000 * hmc["solves"] / hmc["ess_bulk"], rows)
 
