@@ -57,6 +57,9 @@ def test_ranks_of_all_modes_are_uniform(problem, model):
     """Over a thousand data sets, each of the sixteen p-values is above 0.01.
 
     With an exact posterior one run in seven would have one of sixteen below. Seeds are fixed: a run is as the one before.
+
+    Not asserted, since not reached: the rank of log p(y | m), which depends on the data, is 0.59 on average over 300 data sets
+    (p = 0.004). Steps with the solver in the loop bring it to 0.56 (p = 0.09), and make the modes' posteriors too narrow.
     """
     unseen = fem_vi.simulate(problem, 2000, seed=1)
     torch.manual_seed(1)
