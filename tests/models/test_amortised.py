@@ -113,7 +113,7 @@ def test_simulated_pairs_find_the_kalman_gain_without_a_gradient_of_the_forward_
     model = linear()
     model.problem.forward = lambda m: (m @ AFFINE.A.T + AFFINE.b).detach()
     pairs = simulate(model.problem, 400_000, shard=20_000)
-    fit(model.problem, model, ExpectedForwardKL(Stored(pairs, 4096)), steps=500, optimizer=Adam(lr=0.05), schedule=Cosine(0.001))
+    fit(model.problem, model, ExpectedForwardKL(Stored(pairs, 8192)), steps=500, optimizer=Adam(lr=0.05), schedule=Cosine(0.001))
     assert model.problem.cost.backward == 0
     _, y = simulated(40)
     assert gain_error(model, y) < 1e-2
