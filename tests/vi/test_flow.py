@@ -298,11 +298,11 @@ def test_flow_meets_quadrature_where_normals_do_not(name):
     problem = target.problem()
     log_evidence, mean, sd = target.quadrature()
     torch.manual_seed(0)
-    networks = NeuralSpline(transforms=2, hidden=(32, 32))
+    networks = AffineSpline(transforms=3, hidden=(32, 32), bound=8.0)
     flow = Flow(problem.prior, networks, affine=MeanFieldNormal(problem.prior), direction=FastDensity())
     arguments = {"start": PresentParameters()}
     fit(problem, flow, ELBO(samples=64, noise=QuasiMonteCarlo()), steps=400, optimizer=Adam(lr=0.01), **arguments)
-    fit(problem, flow, ForwardKL(SelfNormalised(256)), steps=150, optimizer=Adam(lr=0.003), **arguments)
+    fit(problem, flow, ForwardKL(SelfNormalised(512)), steps=150, optimizer=Adam(lr=0.003), **arguments)
     good = [diagnose(problem, flow, samples=5000, batch=2500, seed=seed) for seed in range(3)]
     assert log_evidence - good[0].elbo < 0.02
     assert abs(good[0].log_evidence - log_evidence) < 0.01
@@ -315,8 +315,9 @@ def test_flow_meets_quadrature_where_normals_do_not(name):
     bad = [diagnose(problem, normal, samples=5000, batch=2500, seed=seed) for seed in range(3)]
     assert log_evidence - bad[0].elbo > 0.1
     if name == "banana":  # k-hat cannot see a mode without any draw, and tails of a funnel are hard to tell from 5,000 draws
-        # Where weights are all but equal, k-hat is the shape of a tail of next to nothing: 0.4 to 0.85 for the flow, from seed to
-        # seed, with 99 % of the samples effective; of the normal's 2 to 20 % are.
+        # Reached: 0.01 to 0.30 over six seeds. Splines without a shift and a scale fit as well, 99 % of the samples being
+        # effective, and yet have 0.5 to 0.8: where weights are all but equal, k-hat is the shape of a tail of next to nothing.
+        assert max(each.khat for each in good) < 0.5
         assert min(each.ess / each.samples for each in good) > 0.95
         assert max(each.ess / each.samples for each in bad) < 0.5
         assert sorted(each.khat for each in bad)[1] > 0.7
