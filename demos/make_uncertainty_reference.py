@@ -42,6 +42,22 @@ def digits(x: torch.Tensor) -> Any:
     return json.loads(json.dumps(x.tolist()), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
+def of_chains(samples: fem_vi.Samples) -> dict[str, Any]:
+    """What chains say, and what they are worth; printed too."""
+    report = samples.report()
+    fem_vi.report(GRID.comm, report)
+    return {
+        "step_size": samples.step_size,
+        "rhat": report.rhat,
+        "ess_bulk": report.ess_bulk,
+        "ess_tail": report.ess_tail,
+        "solves": samples.cost.solves,
+        "seed": samples.seed,
+        "mean": digits(samples.mean),
+        "sd": digits(samples.variance.sqrt()),
+    }
+
+
 def again(problem: fem_vi.InverseProblem, normal: fem_vi.FullRankNormal) -> dict[str, Any]:
     """Other chains with other steps, which must agree: their moments alone."""
     found = by_hmc(problem, normal, kernel=fem_vi.HMC(step_size=0.19), draws=640, warmup=96)["hmc"]
@@ -69,8 +85,6 @@ def by_hmc(
         seed=9,
         grid=GRID,
     )
-    report = samples.report()
-    fem_vi.report(GRID.comm, report)
     points = torch.stack([torch.zeros(64, dtype=torch.float64), planted_field(), samples.mean]).requires_grad_()
     log_joint = problem.log_joint(points)
     (gradient,) = torch.autograd.grad(log_joint.sum(), points)
@@ -81,14 +95,7 @@ def by_hmc(
             "chains": chains,
             "draws": draws,
             "warmup": warmup,
-            "step_size": samples.step_size,
-            "rhat": report.rhat,
-            "ess_bulk": report.ess_bulk,
-            "ess_tail": report.ess_tail,
-            "solves": samples.cost.solves,
-            "seed": samples.seed,
-            "mean": digits(samples.mean),
-            "sd": digits(samples.variance.sqrt()),
+            **of_chains(samples),
             "levels": LEVELS,
             "quantiles": digits(torch.quantile(samples.m.flatten(0, 1), levels, dim=0)),
         },
@@ -119,21 +126,12 @@ def by_smc(problem: fem_vi.InverseProblem, normal: fem_vi.FullRankNormal) -> dic
 def by_nuts(problem: fem_vi.InverseProblem, normal: fem_vi.FullRankNormal) -> dict[str, Any]:
     """Pyro's NUTS, which moves one chain at a time: fewer chains, and shorter ones."""
     samples = fem_vi.pyro_nuts(problem, chains=4, draws=750, warmup=400, reference=normal, seed=10)
-    report = samples.report()
-    fem_vi.report(GRID.comm, report)
     return {
         "nuts": {
             "chains": 4,
             "draws": 750,
             "warmup": 400,
-            "step_size": samples.step_size,
-            "rhat": report.rhat,
-            "ess_bulk": report.ess_bulk,
-            "ess_tail": report.ess_tail,
-            "solves": samples.cost.solves,
-            "seed": samples.seed,
-            "mean": digits(samples.mean),
-            "sd": digits(samples.variance.sqrt()),
+            **of_chains(samples),
             "band": digits(torch.quantile(samples.m.flatten(0, 1), torch.tensor(BAND, dtype=torch.float64), dim=0)),
         }
     }

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fem_vi.arguments import instance, whole
+from fem_vi.arguments import whole
 from fem_vi.errors import InvalidInput
-from fem_vi.vi.encoder.encoder import Encoder, dense, scales_of
+from fem_vi.vi.encoder.encoder import Encoder, dense, scales_of, widths_of
 from fem_vi.vi.sensors import SensorData
 
 
@@ -44,8 +44,7 @@ class DenseEncoder(Encoder):
 
     def __init__(self, num_data: int, *, hidden: Sequence[int] = (64, 64)) -> None:
         num_data = whole("num_data", num_data, least=1)
-        instance("hidden", hidden, Sequence)
-        widths = [num_data, *(whole("hidden: an entry", width, least=1) for width in hidden)]
+        widths = widths_of(num_data, hidden)
         super().__init__(num_data + (widths[-1] if hidden else 0))
         self.num_data = num_data
         self.network = dense(widths)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fem_vi.arguments import instance, whole
 from fem_vi.vi.posterior.frame import Frame
 
 
@@ -47,6 +49,16 @@ def scales_of(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over the first axis; one where that is zero."""
     std = values.std(0)
     return values.mean(0), torch.where(std > 0, std, torch.ones_like(std))
+
+
+def widths_of(first: int, hidden: Sequence[int]) -> list[int]:
+    """The widths of layers behind a first one.
+
+    Raises:
+        InvalidInput: Where `hidden` is no sequence of whole numbers above zero.
+    """
+    instance("hidden", hidden, Sequence)
+    return [first, *(whole("hidden: an entry", width, least=1) for width in hidden)]
 
 
 def dense(widths: list[int]) -> nn.Sequential:

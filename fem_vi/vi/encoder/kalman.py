@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fem_vi.arguments import instance, whole
 from fem_vi.errors import InvalidInput
-from fem_vi.vi.encoder.encoder import Encoder, dense
+from fem_vi.vi.encoder.encoder import Encoder, dense, widths_of
 from fem_vi.vi.kriging import Kriging, Predicted
 from fem_vi.vi.posterior.frame import Frame
 from fem_vi.vi.problem import InverseProblem
@@ -66,7 +66,6 @@ class KalmanEncoder(Encoder):
     ) -> None:
         instance("problem", problem, InverseProblem)
         instance("simulations", simulations, Simulations)
-        instance("hidden", hidden, Sequence)
         n = simulations.xi.shape[1]
         if n > MOST_UNKNOWNS:
             raise InvalidInput(
@@ -77,7 +76,7 @@ class KalmanEncoder(Encoder):
         values, vectors = torch.linalg.eigh(kriging.covariance)
         kept = min(whole("components", components, least=1), int((values > 1e-10 * values[-1]).sum()))
         inputs = 2 * n + kept + 1
-        widths = [inputs, *(whole("hidden: an entry", width, least=1) for width in hidden)]
+        widths = widths_of(inputs, hidden)
         super().__init__(inputs + (widths[-1] if hidden else 0))
         self.kriging = kriging
         self.network = dense(widths)
