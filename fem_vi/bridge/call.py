@@ -79,8 +79,13 @@ def _rows(axes: tuple[tuple[int, ...], ...], batch: tuple[int, ...]) -> tuple[ND
 def check_finite(name: str, inputs: Sequence[Tensor], expected: Sequence[Argument]) -> None:
     """Refuse tensors with values that are not finite, naming the first. Not collective."""
     for x, given in zip(inputs, expected, strict=True):
-        if not is_finite(as_numpy(x)):
-            raise InvalidInput(f"{name}: {given.label} contains values that are not finite.")
+        check_values(name, as_numpy(x), given)
+
+
+def check_values(name: str, x: Array, given: Argument) -> None:
+    """Refuse values of an input that are not finite. Not collective."""
+    if not is_finite(x):
+        raise InvalidInput(f"{name}: {given.label} contains values that are not finite.")
 
 
 def is_finite(x: Array) -> bool:

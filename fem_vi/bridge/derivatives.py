@@ -95,7 +95,7 @@ class _Pullback(torch.autograd.Function):
         operator: BatchedOperator, call: Call, wanted: Sequence[bool], g: Tensor, out: Tensor, *inputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         lam, grads = operator.pull_back(call, g, out, inputs, wanted)
-        return torch.from_numpy(lam.reshape(out.shape)), *grads
+        return torch.from_numpy(lam.reshape(out.shape)).clone(), *grads  # lam may be g itself
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:

@@ -95,6 +95,14 @@ class BatchedOperator(ABC):
     def _check_state(self) -> None:
         """Refuse to run where what was fixed has changed. Not collective."""
 
+    def _check_values(self, inputs: Sequence[Tensor]) -> None:
+        """Refuse inputs that are not finite, here or in `_forward`. Not collective."""
+        check_finite(self._name, inputs, self.inputs)
+
+    def _create_grad(self, x: Array) -> Array:
+        """What the gradient of an input is added to."""
+        return np.zeros_like(x)
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Evaluate.
 
@@ -124,7 +132,7 @@ class BatchedOperator(ABC):
             self._mesh.check_unchanged()
             self._check_state()
             batch, rows = plan(self._name, inputs, self.inputs)
-            check_finite(self._name, inputs, self.inputs)
+            self._check_values(inputs)
         self._check_ranks(batch, inputs)
         call = Call(next(_calls), batch, rows, keep)
         flat = self._flat(call, inputs)
@@ -139,7 +147,7 @@ class BatchedOperator(ABC):
         """lam, `(num_samples, n_out)`, and the gradients of the inputs that want one, each in its shape. Collective."""
         self._check_mesh()
         flat = self._flat(call, inputs)
-        grads = [np.zeros_like(x) if want else None for x, want in zip(flat, wanted, strict=True)]
+        grads = [self._create_grad(x) if want else None for x, want in zip(flat, wanted, strict=True)]
         lam = self._exclusively(self._backward, call, flat, self._rows(call, out), self._rows(call, g), grads)
         return lam, [
             None if row is None else torch.from_numpy(row.reshape(x.shape)) for row, x in zip(grads, inputs, strict=True)
@@ -159,7 +167,7 @@ class BatchedOperator(ABC):
         """The curvature: for the output, and for all inputs. Collective."""
         self._check_mesh()
         flat = self._flat(call, inputs)
-        grads = [np.zeros_like(x) for x in flat]
+        grads = [self._create_grad(x) for x in flat]
         bend = Bend(self._rows(call, lam), self._rows(call, out), self._rows(call, out_dot), self._flat(call, tangents))
         at_out = np.zeros_like(bend.out)
         self._exclusively(self._curvature, call, flat, bend, at_out, grads)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fem_vi.arguments import instance
-from fem_vi.bridge.call import Call
+from fem_vi.bridge.call import Call, check_values
+from fem_vi.bridge.layout import as_numpy
 from fem_vi.bridge.logdet import ExactLogdet, LogdetEstimate, LogdetMethod, StochasticLogdet, create_logdet
 from fem_vi.bridge.operator import BatchedOperator, Bend
 from fem_vi.bridge.precondition import PreconditionedResidual
@@ -20,7 +21,7 @@ from fem_vi.bridge.rows import RowChooser, Sampler
 from fem_vi.bridge.solution_units import SolutionUnits
 from fem_vi.bridge.weighted import WeightedResidual
 from fem_vi.errors import InvalidInput
-from fem_vi.parallel import raise_on_all
+from fem_vi.parallel import any_rank, raise_on_all
 from fem_vi.pde.agree import agreed
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import AssembledKernel, BatchKernel, Kernel, Rows, Samples
@@ -320,11 +321,23 @@ class BatchedResidual(BatchedOperator):
     def _check_state(self) -> None:
         self.pde.check_fixed()
 
+    def _check_values(self, inputs: Sequence[Tensor]) -> None:
+        for k, (x, given) in enumerate(zip(inputs, self.inputs, strict=True)):
+            if k not in self._kernel.checks:
+                check_values(self._name, as_numpy(x), given)
+
+    def _create_grad(self, x: Array) -> Array:
+        return np.empty_like(x)  # kernels write to it
+
     def _forward(self, call: Call, flat: Sequence[Array]) -> Array:
         at = Samples(flat, call.rows)
-        out = self._kernel.residual(at)
+        out, is_finite = self._kernel.residual(at)
+        if any_rank(self.comm, not is_finite):
+            with raise_on_all(self.comm):
+                for k in sorted(self._kernel.checks):
+                    check_values(self._name, flat[k], self.inputs[k])
+            self._check_finite(out)
         self._prescribe(out, at, self.pde.boundary.fixed)
-        self._check_finite(out)
         return out
 
     def _prescribe(self, out: Array, at: Samples, fixed: Array | float) -> None:
@@ -338,16 +351,14 @@ class BatchedResidual(BatchedOperator):
 
     def _backward(self, call: Call, flat: Sequence[Array], out: Array, g: Array, grads: Sequence[Array | None]) -> Array:
         owned = self.pde.boundary.owned
-        lam = g.copy(order="K")
-        lam[:, owned] = 0.0
-        self._kernel.vjp(Samples(flat, call.rows), lam, grads)
+        self._kernel.vjp(Samples(flat, call.rows), g, grads)
         if grads[0] is not None:
             _add_columns(grads[0], call.rows[0], owned, g[:, owned])
         for source in self.pde.boundary.sources:
             grad, rows = grads[1 + source.position], call.rows[1 + source.position]
             for sample, row in enumerate(rows if grad is not None else ()):
                 grad[row] -= source.gradient(g[sample], self.comm)  # type: ignore[index]
-        return lam
+        return g
 
     def _pushforward(self, call: Call, flat: Sequence[Array], out: Array, tangents: Sequence[Array]) -> Array:
         moved = self._kernel.jvp(Samples(flat, call.rows), tangents)

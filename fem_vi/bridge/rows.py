@@ -79,7 +79,6 @@ class RowsResidual(BatchedOperator):
     def _curvature(self, call: Call, flat: Sequence[Array], bend: Bend, at_out: Array, grads: Sequence[Array]) -> None:
         self._region.select(self._reach)
         lam = self._spread(bend.lam)
-        lam[:, self._whole.pde.boundary.owned] = 0.0  # these rows are u - h
         self._whole._curvature(call, flat, Bend(lam, bend.out, bend.out_dot, bend.tangents), at_out, grads)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from fem_vi.pde import _compat
 from fem_vi.pde._compat_ffcx import Entities, IntegrationDomains, integral_codes
 from fem_vi.pde.c_compiler import load_library
 from fem_vi.pde.inputs import Array, ConstantInput, Input
-from fem_vi.pde.lane_job import CEntities, CField, CJob, ConstantSpace, FieldSpace, Geometry, Rows, address
+from fem_vi.pde.lane_job import NO_DOFS, CEntities, CField, CJob, ConstantSpace, Dofs, FieldSpace, Geometry, Rows, address
 from fem_vi.pde.lane_source import Contents, Plan, source, source_key
 
 _ALIGNMENT = 64
@@ -55,11 +54,11 @@ def side_by_side(values: Array) -> bool:
     return values.flags.f_contiguous and not values.flags.c_contiguous
 
 
-def zeros_like(values: Array, shape: tuple[int, int]) -> Array:
-    """Zeros of a shape, side by side where some values of as many rows are."""
+def empty_like(values: Array, shape: tuple[int, int]) -> Array:
+    """An array to be written to, whose rows lie side by side where some values of as many rows do."""
     if side_by_side(values) and len(values) == shape[0]:
-        return np.zeros(shape[::-1]).T
-    return np.zeros(shape)
+        return np.empty(shape[::-1]).T
+    return np.empty(shape)
 
 
 class KernelMesh:
@@ -121,6 +120,7 @@ class BatchForm:
         blocks: What the blocks of the test function belong to: a Function's space, or a number for each entry of a Constant.
         fixed: Functions and Constants of the form whose values do not change.
         mesh: What it shares with other forms.
+        zeros: Local dofs, ghosts included, of Functions whose values there count as zero, whatever they are.
 
     Raises:
         UnsupportedForm: On every rank, naming what has no translation.
@@ -128,8 +128,11 @@ class BatchForm:
     MPI: Collective.
     """
 
-    def __init__(self, form: ufl.Form, blocks: Sequence[Input], fixed: Sequence[Input], mesh: KernelMesh) -> None:
+    def __init__(
+        self, form: ufl.Form, blocks: Sequence[Input], fixed: Sequence[Input], mesh: KernelMesh, zeros: Mapping[Any, Dofs]
+    ) -> None:
         self._mesh = mesh
+        self._zeros = zeros
         self._blocks = tuple(blocks)
         self._fixed = {given.symbol: given for given in fixed}
         coefficients = form.coefficients()
@@ -160,48 +163,64 @@ class BatchForm:
             *(CEntities(address(entities), len(entities)) for entities in self._entities)
         )
 
-    def add(self, num_samples: int, values: Mapping[Any, Values], grads: Sequence[Values]) -> None:
-        """Evaluate the form for all samples and add each block's part to the rows of its result.
+    def reads(self, symbol: Any) -> bool:
+        """Whether a Function or Constant is read, so that `write_checked` looks at it."""
+        return symbol in self._functions or symbol in self._constants
+
+    def write(self, num_samples: int, values: Mapping[Any, Values], results: Sequence[Values]) -> None:
+        """Evaluate the form for all samples and write each block's part to the rows of its result.
 
         Args:
             num_samples: How many samples there are.
             values: For each Function and Constant of the form that is not fixed.
-            grads: For each block, what is added to, `(num_rows, size)`, and the row that each sample adds to.
+            results: For each block, what is written to, `(num_rows, size)`, and the row that each sample goes to; samples of
+                one row are added up, and rows of no sample are zero.
 
         MPI: Collective.
         """
+        self._evaluate(num_samples, values, results, checks=False)
+
+    def write_checked(self, num_samples: int, values: Mapping[Any, Values], results: Sequence[Values]) -> bool:
+        """`write`, and whether all that this rank has read and written is finite. Collective."""
+        return self._evaluate(num_samples, values, results, checks=True)
+
+    def _evaluate(self, num_samples: int, values: Mapping[Any, Values], results: Sequence[Values], *, checks: bool) -> bool:
         if num_samples == 0:
-            return
+            for result in results:
+                result.values.fill(0.0)
+            return False  # nothing has been looked at
         keep: list[Any] = []  # what the C structures point to
         inputs = [self._input(symbol, values, keep) for symbol in self._functions]
         if self._constants:
             inputs.append(self._constant_input(num_samples, values, keep))
         num_blocks = -(-num_samples // self._lanes)
-        sums = [self._create_sum(space, grad, num_blocks) for space, grad in zip(self._out, grads, strict=True)]
-        self._run(num_samples, inputs, [part.field for part in sums])
+        sums = [self._create_sum(space, result, num_blocks) for space, result in zip(self._out, results, strict=True)]
+        is_finite = self._run(num_samples, inputs, [part.field for part in sums], checks=checks)
         for part in sums:
             part.finish()
+        return is_finite
 
     def _input(self, symbol: Any, values: Mapping[Any, Values], keep: list[Any]) -> CField:
         space = self._functions[symbol]
         if symbol in self._fixed:
             local = symbol.x.array
-            return space.field(owned=local, ghosts=None, rows=None, is_result=False)
-        given = values[symbol]
+            return space.coefficient(owned=local, ghosts=None, rows=None)
+        given, zeros = values[symbol], self._zeros.get(symbol, NO_DOFS)
         if not given.is_shared and given.are_side_by_side(self._lanes):
             ghosts = space.halo.forward(given.values)
             local = np.concatenate([given.values.T, ghosts.T]) if ghosts.size else given.values.T
             keep.append(local)
-            return space.side_by_side(local, is_result=False)
-        owned = np.ascontiguousarray(given.values[given.rows[:1]] if given.is_shared else given.values)
+            return space.coefficient_side_by_side(local, zeros)
+        is_shared = given.is_shared and not zeros.size
+        owned = np.ascontiguousarray(given.values[given.rows[:1]] if is_shared else given.values)
         ghosts = space.halo.forward(owned)
-        if given.is_shared:
+        if is_shared:
             owned = np.concatenate([owned[0], ghosts[0]]) if ghosts.size else owned
             keep.append(owned)
-            return space.field(owned=owned, ghosts=None, rows=None, is_result=False)
+            return space.coefficient(owned=owned, ghosts=None, rows=None)
         rows = np.ascontiguousarray(given.rows, dtype=np.int64)
         keep += [owned, ghosts, rows]
-        return space.field(owned=owned, ghosts=ghosts, rows=rows, is_result=False)
+        return space.coefficient(owned=owned, ghosts=ghosts, rows=rows, zeros=zeros)
 
     def _constant_input(self, num_samples: int, values: Mapping[Any, Values], keep: list[Any]) -> CField:
         given = [
@@ -215,58 +234,52 @@ class BatchForm:
         keep += [table, rows]
         return self._constant_space.field(owned=table, rows=rows)
 
-    def _create_sum(self, space: FieldSpace | ConstantSpace, grad: Values, num_blocks: int) -> _Sum:
-        """The cheapest way to add to the rows: in place; summed over samples; or sample by sample, and added up afterwards."""
+    def _create_sum(self, space: FieldSpace | ConstantSpace, result: Values, num_blocks: int) -> _Sum:
+        """The cheapest way to fill the rows: in place; summed over samples; or sample by sample, and added up afterwards."""
         if isinstance(space, ConstantSpace):
-            return _sum_of_constant(space, grad, self._mesh.comm)
-        if len(grad.rows) == len(grad.values):
-            if grad.values.flags.c_contiguous:
-                return _sum_in_place(space, grad)
-            if grad.are_side_by_side(self._lanes):
-                return _sum_side_by_side(space, grad)
-        elif grad.is_shared:
-            return _sum_of_all(space, grad, num_blocks)
-        alone = Values(np.zeros((len(grad.rows), space.halo.num_owned)), np.arange(len(grad.rows)))
+            return _sum_of_constant(space, result, self._mesh.comm)
+        if len(result.rows) == len(result.values):  # then each sample has its own
+            if result.values.flags.c_contiguous:
+                return _sum_in_place(space, result)
+            if result.are_side_by_side(self._lanes):
+                return _sum_side_by_side(space, result)
+        elif result.is_shared:
+            return _sum_of_all(space, result, num_blocks)
+        alone = Values(np.empty((len(result.rows), space.halo.num_owned)), np.arange(len(result.rows)))
         inner = _sum_in_place(space, alone)
 
         def add_rows() -> None:
             inner.finish()
-            if len(grad.rows) == len(grad.values):
-                grad.values[...] += alone.values
+            if len(result.rows) == len(result.values):
+                result.values[...] = alone.values
             else:
-                np.add.at(grad.values, grad.rows, alone.values)
+                result.values.fill(0.0)
+                np.add.at(result.values, result.rows, alone.values)
 
         return _Sum(inner.field, add_rows, inner)
 
-    def _run(self, num_samples: int, inputs: Sequence[CField], outputs: Sequence[CField]) -> None:
-        """Share the blocks of samples out among threads. Not collective."""
+    def _run(self, num_samples: int, inputs: Sequence[CField], outputs: Sequence[CField], *, checks: bool) -> bool:
+        """Share the blocks of samples out among threads, and say whether all that they looked at is finite. Not collective."""
         mesh, geometry = self._mesh, self._mesh.geometry
         num_blocks = -(-num_samples // self._lanes)
         num_threads = max(1, min(mesh.num_threads, num_blocks))
         fields = (*(given for given in inputs if given.rows or given.stride), *outputs)
-        kinds = {field.stride > 0 for field in fields}
-        together = 1 if True not in kinds else min(_TOGETHER_MIXED if False in kinds else _TOGETHER, num_blocks)
-        size = self._lanes * together * sum(field.num_local for field in fields if not field.stride)
+        packed = [field for field in fields if not field.stride or field.num_zeros]
+        together = 1
+        if any(field.stride for field in fields):
+            together = min(_TOGETHER_MIXED if packed else _TOGETHER, num_blocks)
+        size = self._lanes * together * sum(field.num_local for field in packed)
         c_in, c_out = (CField * max(1, len(inputs)))(*inputs), (CField * len(outputs))(*outputs)
         bounds = [num_blocks * thread // num_threads for thread in range(num_threads + 1)]
-        jobs = [
+        jobs = (CJob * num_threads)(*(
             CJob(
                 c_in, c_out, self._c_entities, address(geometry.x), address(geometry.dofmap), address(geometry.permutations),
-                mesh.scratch(thread, size), num_samples, bounds[thread], bounds[thread + 1], together,
+                mesh.scratch(thread, size), num_samples, bounds[thread], bounds[thread + 1], together, checks,
             )
             for thread in range(num_threads)
-        ]  # fmt: skip
-        in_parallel([lambda job=job: self._library.fem_vi_run(ctypes.byref(job)) for job in jobs])  # type: ignore[misc]
-
-
-def in_parallel(works: Sequence[Callable[[], Any]]) -> None:
-    """Run C functions side by side, the first on this thread; the interpreter's lock is free while they run."""
-    threads = [threading.Thread(target=work) for work in works[1:]]
-    for thread in threads:
-        thread.start()
-    works[0]()
-    for thread in threads:
-        thread.join()
+        ))  # fmt: skip
+        self._library.fem_vi_run(jobs, ctypes.c_int64(num_threads))  # the interpreter's lock is free meanwhile
+        return all(job.is_finite for job in jobs)
 
 
 def _check_meshes(symbols: Sequence[fem.Function], mesh: KernelMesh) -> None:
@@ -292,45 +305,45 @@ class _Sum:
     keep: Any = None
 
 
-def _sum_in_place(space: FieldSpace, grad: Values) -> _Sum:
-    rows = np.ascontiguousarray(grad.rows, dtype=np.int64)
-    ghosts = np.zeros((len(rows), space.halo.num_ghosts))
-    field = space.field(owned=grad.values, ghosts=ghosts, rows=rows, is_result=True)
-    return _Sum(field, lambda: space.halo.reverse(ghosts, grad.values), rows)
+def _sum_in_place(space: FieldSpace, result: Values) -> _Sum:
+    rows = np.ascontiguousarray(result.rows, dtype=np.int64)
+    ghosts = np.empty((len(result.values), space.halo.num_ghosts))
+    field = space.result(owned=result.values, ghosts=ghosts, rows=rows)
+    return _Sum(field, lambda: space.halo.reverse(ghosts, result.values), rows)
 
 
-def _sum_side_by_side(space: FieldSpace, grad: Values) -> _Sum:
+def _sum_side_by_side(space: FieldSpace, result: Values) -> _Sum:
     halo = space.halo
-    shape = halo.num_owned + halo.num_ghosts, len(grad.rows)
-    local = np.zeros(shape) if halo.num_ghosts else grad.values.T
+    shape = halo.num_owned + halo.num_ghosts, len(result.rows)
+    local = np.empty(shape) if halo.num_ghosts else result.values.T
 
     def add_local() -> None:
         if halo.num_ghosts:
-            grad.values.T[...] += local[: halo.num_owned]
-        halo.reverse(local[halo.num_owned :].T, grad.values)
+            result.values.T[...] = local[: halo.num_owned]
+        halo.reverse(local[halo.num_owned :].T, result.values)
 
-    return _Sum(space.side_by_side(local, is_result=True), add_local, local)
+    return _Sum(space.result_side_by_side(local), add_local, local)
 
 
-def _sum_of_all(space: FieldSpace, grad: Values, num_blocks: int) -> _Sum:
+def _sum_of_all(space: FieldSpace, result: Values, num_blocks: int) -> _Sum:
     halo = space.halo
     parts = np.empty((num_blocks, halo.num_owned + halo.num_ghosts))
 
     def add_total() -> None:
-        total, row = parts.sum(axis=0, keepdims=True), grad.rows[0]
-        grad.values[row] += total[0, : halo.num_owned]
-        halo.reverse(total[:, halo.num_owned :], grad.values[row : row + 1])
+        total = parts.sum(axis=0, keepdims=True)
+        result.values[...] = total[:, : halo.num_owned]
+        halo.reverse(total[:, halo.num_owned :], result.values)
 
-    return _Sum(space.field(owned=parts, ghosts=None, rows=None, is_result=True), add_total)
+    return _Sum(space.result(owned=parts, ghosts=None, rows=None), add_total)
 
 
-def _sum_of_constant(space: ConstantSpace, grad: Values, comm: Any) -> _Sum:
-    parts = np.zeros((len(grad.rows), space.size))
-    rows: NDArray[np.int64] = np.arange(len(grad.rows), dtype=np.int64)
+def _sum_of_constant(space: ConstantSpace, result: Values, comm: Any) -> _Sum:
+    parts = np.zeros((len(result.rows), space.size))
+    rows: NDArray[np.int64] = np.arange(len(result.rows), dtype=np.int64)
 
     def add_rows() -> None:
-        total = np.zeros_like(grad.values)
-        np.add.at(total, grad.rows[rows], parts)
-        grad.values[...] += sum_over_ranks(comm, total)
+        total = np.zeros_like(result.values)
+        np.add.at(total, result.rows[rows], parts)
+        result.values[...] = sum_over_ranks(comm, total)
 
     return _Sum(space.field(owned=parts, rows=rows), add_rows)

@@ -21,7 +21,17 @@ from fem_vi.parallel import raise_on_all
 
 # Fast mathematics stays off: sums keep their order, NaN and infinity are told from numbers. What is set lets a square root be an
 # instruction (no errno) and both sides of a choice be computed (no traps).
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fno-semantic-interposition")
+FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-g0",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-semantic-interposition",
+)
 _NATIVE = ("-march=native", "-mcpu=native", None)
 _MESSAGE_LENGTH = 800
 

@@ -14,7 +14,7 @@ from dolfinx import fem
 
 from fem_vi.errors import InvalidInput, UnsupportedForm
 from fem_vi.pde._compat_ffcx import ENTITY_WIDTHS
-from fem_vi.pde.batch_form import BatchForm, KernelMesh, Values, zeros_like
+from fem_vi.pde.batch_form import BatchForm, KernelMesh, Values, empty_like
 from fem_vi.pde.block_gradient import block_gradient
 from fem_vi.pde.coordinates import CoordinateInput
 from fem_vi.pde.inputs import Array
@@ -90,7 +90,8 @@ class _CompiledResidual(BatchKernel):
         self._gradients: dict[tuple[int, ...], tuple[list[int], BatchForm | None]] = {}
 
     def _create(self, form: ufl.Form, blocks: Sequence[Any]) -> BatchForm | None:
-        return None if form.empty() else BatchForm(form, blocks, self._pde.fixed, self._mesh)
+        zeros = {self._lam: self._pde.boundary.dofs}
+        return None if form.empty() else BatchForm(form, blocks, self._pde.fixed, self._mesh, zeros)
 
     @cached_property
     def _tangent(self) -> Tangent:
@@ -125,30 +126,41 @@ class _CompiledResidual(BatchKernel):
             values[self._lam] = Values(lam, np.arange(at.num))
         return values
 
-    def residual(self, at: Samples) -> Array:
-        out = zeros_like(at.values[0], (at.num, self._pde.unknown.size))
-        if self._residual is not None:
-            self._residual.add(at.num, self._values(at), [Values(out, np.arange(at.num))])
-        return out
+    @cached_property
+    def checks(self) -> frozenset[int]:
+        form = self._residual
+        return frozenset(k for k, given in enumerate(self._given) if form is not None and form.reads(given.symbol))
+
+    def residual(self, at: Samples) -> tuple[Array, bool]:
+        out = empty_like(at.values[0], (at.num, self._pde.unknown.size))
+        if self._residual is None:
+            out.fill(0.0)
+            return out, True
+        return out, self._residual.write_checked(at.num, self._values(at), [Values(out, np.arange(at.num))])
 
     def vjp(self, at: Samples, lam: Array, grads: Sequence[Array | None]) -> None:
         wanted = tuple(k for k, grad in enumerate(grads) if grad is not None)
         if wanted not in self._gradients:
             self._gradients[wanted] = self._gradient(self._scalar, wanted)
-        self._add(at, self._gradients[wanted], self._values(at, lam=lam), grads)
+        self._write(at, self._gradients[wanted], self._values(at, lam=lam), grads)
 
     def jvp(self, at: Samples, tangents: Sequence[Array]) -> Array:
-        out = zeros_like(at.values[0], (at.num, self._pde.unknown.size))
-        if self._jvp is not None:
-            self._jvp.add(at.num, self._values(at, tangents), [Values(out, np.arange(at.num))])
+        out = empty_like(at.values[0], (at.num, self._pde.unknown.size))
+        if self._jvp is None:
+            out.fill(0.0)
+        else:
+            self._jvp.write(at.num, self._values(at, tangents), [Values(out, np.arange(at.num))])
         return out
 
     def curvature(self, at: Samples, lam: Array, tangents: Sequence[Array], grads: Sequence[Array]) -> None:
-        self._add(at, self._curvature, self._values(at, tangents, lam), grads)
+        self._write(at, self._curvature, self._values(at, tangents, lam), grads)
 
-    def _add(
+    def _write(
         self, at: Samples, gradient: tuple[list[int], BatchForm | None], values: dict[Any, Values], grads: Sequence[Array | None]
     ) -> None:
         positions, form = gradient
+        for k, grad in enumerate(grads):
+            if grad is not None and k not in positions:
+                grad.fill(0.0)
         if form is not None:
-            form.add(at.num, values, [Values(grads[k], at.rows[k]) for k in positions])  # type: ignore[arg-type]
+            form.write(at.num, values, [Values(grads[k], at.rows[k]) for k in positions])  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """Kernels: who evaluates the integrals of a residual and of its derivatives, for all samples of a call at once.
 
 A kernel is chosen by a frozen dataclass, such as `AssembledKernel()`, whose `create` builds what evaluates one weak form.
-A `BatchKernel` works on NumPy arrays and knows nothing of Dirichlet conditions: with r_i = F(u, m; phi_i), at all dofs,
+A `BatchKernel` works on NumPy arrays. Of Dirichlet conditions it knows only that what is prescribed has no test function: with
+r_i = F(u, m; phi_i), at all dofs, and lam zero at the prescribed ones,
 
     residual      x -> r                       vjp        lam -> lam . dr/dx
     jvp           dx -> dr/dx . dx             curvature  lam, dx -> d/dx (lam . dr/dx . dx)
@@ -53,7 +54,7 @@ class Samples:
 
 
 class BatchKernel(ABC):
-    """A weak form's integrals, for all samples of a call at once; Dirichlet conditions play no part.
+    """A weak form's integrals, for all samples of a call at once.
 
     MPI: All methods are collective. Fields are owned; what is given for a Constant is replicated, and what comes back for it
         is replicated and complete.
@@ -65,19 +66,24 @@ class BatchKernel(ABC):
 
     takes_columns: bool = False
 
+    @property
+    def checks(self) -> frozenset[int]:
+        """Which values `residual` looks at, by position in `Samples`."""
+        return frozenset()
+
     @abstractmethod
-    def residual(self, at: Samples) -> Array:
-        """F(u, m; phi_i), `(num_samples, n_owned)`."""
+    def residual(self, at: Samples) -> tuple[Array, bool]:
+        """F(u, m; phi_i), `(num_samples, n_owned)`, and whether that and the values in `checks` are known to be finite here."""
 
     @abstractmethod
     def vjp(self, at: Samples, lam: Array, grads: Sequence[Array | None]) -> None:
-        """Add lam . dr/dx to `grads`.
+        """Write lam . dr/dx to `grads`.
 
         Args:
             at: Where.
-            lam: `(num_samples, n_owned)`.
-            grads: For the state and each input, in the shape of its values, what each sample's gradient is added to, in the row
-                that the sample reads; None where it is not wanted.
+            lam: `(num_samples, n_owned)`; what it is at prescribed dofs does not matter.
+            grads: For the state and each input, in the shape of its values, what each sample's gradient is written to, in the
+                row that the sample reads, those of several samples added up; None where it is not wanted.
         """
 
     @abstractmethod
@@ -86,7 +92,7 @@ class BatchKernel(ABC):
 
     @abstractmethod
     def curvature(self, at: Samples, lam: Array, tangents: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Add d/dx (lam . dr/dx . dx) to `grads`; arguments as in `vjp` and `jvp`."""
+        """Write d/dx (lam . dr/dx . dx) to `grads`; arguments as in `vjp` and `jvp`."""
 
 
 class Kernel(Protocol):
@@ -128,20 +134,27 @@ class AssembledResidual(BatchKernel):
         for given, values in zip(self._given, at.one(sample), strict=True):
             given.load(values)
 
-    def residual(self, at: Samples) -> Array:
+    def _tested(self, lam: Array) -> Array:
+        """One sample's lam, zero where there is no test function."""
+        tested = lam.copy()
+        tested[self._pde.boundary.owned] = 0.0
+        return tested
+
+    def residual(self, at: Samples) -> tuple[Array, bool]:
         """See `BatchKernel.residual`."""
         out = np.empty((at.num, self._pde.unknown.size))
         for sample in range(at.num):
             self._load(at, sample)
             out[sample] = self._form.assemble()
-        return out
+        return out, False
 
     def vjp(self, at: Samples, lam: Array, grads: Sequence[Array | None]) -> None:
         """See `BatchKernel.vjp`."""
         wanted = [k for k, grad in enumerate(grads) if grad is not None and (k == 0 or k - 1 in self._vjp.inputs)]
+        _clear(grads)
         for sample in range(at.num):
             self._load(at, sample)
-            self._vjp.load(lam[sample])
+            self._vjp.load(self._tested(lam[sample]))
             for k in wanted:
                 part = self._vjp.state() if k == 0 else self._vjp.input(k - 1)
                 grads[k][at.rows[k][sample]] += part  # type: ignore[index]
@@ -160,10 +173,17 @@ class AssembledResidual(BatchKernel):
     def curvature(self, at: Samples, lam: Array, tangents: Sequence[Array], grads: Sequence[Array]) -> None:
         """See `BatchKernel.curvature`."""
         along = Samples(tangents, at.rows)
+        _clear(grads)
         for sample in range(at.num):
             self._load(at, sample)
             du, *dm = along.one(sample)
             self._tangent.load(du, dm)
-            self._tangent.load_test(lam[sample])
+            self._tangent.load_test(self._tested(lam[sample]))
             for k, grad in enumerate(grads):
                 grad[at.rows[k][sample]] += self._tangent.gradient(k)
+
+
+def _clear(grads: Sequence[Array | None]) -> None:
+    for grad in grads:
+        if grad is not None:
+            grad.fill(0.0)

@@ -15,6 +15,8 @@ from fem_vi.pde.inputs import Array
 from fem_vi.pde.lane_source import Layout
 
 Rows = NDArray[np.intp]
+Dofs = NDArray[np.int32]
+NO_DOFS: Dofs = np.empty(0, dtype=np.int32)
 
 _pointer, _int64 = ctypes.c_void_p, ctypes.c_int64
 
@@ -31,6 +33,8 @@ class CField(ctypes.Structure):
     _fields_ = [
         *((name, _pointer) for name in ("owned", "ghosts", "rows")),
         *((name, _int64) for name in ("num_owned", "num_local", "stride")),
+        ("zeros", _pointer),
+        ("num_zeros", _int64),
         ("dofmap", _pointer),
         ("transform", CTransform),
     ]
@@ -50,7 +54,7 @@ class CJob(ctypes.Structure):
         ("out", ctypes.POINTER(CField)),
         ("entities", ctypes.POINTER(CEntities)),
         *((name, _pointer) for name in ("x", "geometry", "permutations", "scratch")),
-        *((name, _int64) for name in ("num_samples", "first", "last", "together")),
+        *((name, _int64) for name in ("num_samples", "first", "last", "together", "checks", "is_finite")),
     ]
 
 
@@ -92,24 +96,61 @@ class FieldSpace:
         self._c_dofmap = address(self._dofmap)
         self._c_transforms = [c_transform(given) for given in self._transformations or (None, None)]
 
-    def field(self, *, owned: Array, ghosts: Array | None, rows: Rows | None, is_result: bool) -> CField:
-        """The structure for a coefficient that is read, or for a block of the result.
+    def coefficient(self, *, owned: Array, ghosts: Array | None, rows: Rows | None, zeros: Dofs = NO_DOFS) -> CField:
+        """The structure for a coefficient that is read.
 
         Args:
-            owned: `(num_rows, num_owned)`; without rows one row of all local coefficients, or one for each block of samples.
+            owned: `(num_rows, num_owned)`; without rows one row of all local coefficients.
             ghosts: `(num_rows, num_ghosts)`.
             rows: Row of each sample, int64; None where they have one in common.
-            is_result: Which of the two it is.
+            zeros: Local dofs whose value counts as zero; not without rows.
         """
-        transform = self._c_transforms[is_result]
-        num_owned, num_local = self.halo.num_owned, self.halo.num_owned + self.halo.num_ghosts
-        return CField(address(owned), address(ghosts), address(rows), num_owned, num_local, 0, self._c_dofmap, transform)
+        field = self._field(owned, ghosts, rows, is_result=False)
+        field.zeros, field.num_zeros = address(zeros), len(zeros)
+        return field
 
-    def side_by_side(self, values: Array, *, is_result: bool) -> CField:
-        """The structure where samples lie side by side, `(num_local, num_samples)`, in whole blocks."""
-        num_owned, (num_local, num_samples) = self.halo.num_owned, values.shape
-        transform = self._c_transforms[is_result]
-        return CField(address(values), None, None, num_owned, num_local, num_samples, self._c_dofmap, transform)
+    def result(self, *, owned: Array, ghosts: Array | None, rows: Rows | None) -> CField:
+        """The structure for a block of the result, which is written to.
+
+        Args:
+            owned: `(num_rows, num_owned)`; without rows one row of all local coefficients for each block of samples.
+            ghosts: `(num_rows, num_ghosts)`.
+            rows: Row of each sample, int64, of its own; None where they have one in common.
+        """
+        return self._field(owned, ghosts, rows, is_result=True)
+
+    def coefficient_side_by_side(self, values: Array, zeros: Dofs = NO_DOFS) -> CField:
+        """`coefficient` where samples lie side by side, `(num_local, num_samples)`, in whole blocks."""
+        field = self._side_by_side(values, is_result=False)
+        field.zeros, field.num_zeros = address(zeros), len(zeros)
+        return field
+
+    def result_side_by_side(self, values: Array) -> CField:
+        """`result` where samples lie side by side, `(num_local, num_samples)`, in whole blocks."""
+        return self._side_by_side(values, is_result=True)
+
+    def _field(self, owned: Array, ghosts: Array | None, rows: Rows | None, *, is_result: bool) -> CField:
+        size = self.halo.num_owned + self.halo.num_ghosts
+        return CField(
+            owned=address(owned),
+            ghosts=address(ghosts),
+            rows=address(rows),
+            num_owned=self.halo.num_owned,
+            num_local=size,
+            dofmap=self._c_dofmap,
+            transform=self._c_transforms[is_result],
+        )
+
+    def _side_by_side(self, values: Array, *, is_result: bool) -> CField:
+        num_local, num_samples = values.shape
+        return CField(
+            owned=address(values),
+            num_owned=self.halo.num_owned,
+            num_local=num_local,
+            stride=num_samples,
+            dofmap=self._c_dofmap,
+            transform=self._c_transforms[is_result],
+        )
 
 
 class ConstantSpace:
@@ -126,8 +167,10 @@ class ConstantSpace:
         self._dofmap = np.zeros(num_cells, dtype=np.int32)
 
     def field(self, *, owned: Array, rows: Rows | None) -> CField:
-        """The structure for Constants that are read, or for the gradient of one; see `FieldSpace.field`."""
-        return CField(address(owned), None, address(rows), self.size, self.size, 0, address(self._dofmap), CTransform())
+        """The structure for Constants that are read, or for the gradient of one; see `FieldSpace`."""
+        return CField(
+            owned=address(owned), rows=address(rows), num_owned=self.size, num_local=self.size, dofmap=address(self._dofmap)
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 HEAD = r"""
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -31,6 +32,8 @@ typedef struct {  /* a coefficient that is read, or a block of the result */
   const int64_t *rows;  /* row of each sample, or NULL */
   int64_t num_owned, num_local;
   int64_t stride;       /* or zero: num_local rows of so many samples, a whole number of blocks: lanes as they are */
+  const int32_t *zeros; /* dofs whose value counts as zero */
+  int64_t num_zeros;
   const int32_t *dofmap;
   Transform transform;
 } Field;
@@ -49,6 +52,8 @@ typedef struct {
   double *scratch;
   int64_t num_samples, first, last;  /* blocks from first to last */
   int64_t together;                  /* blocks that the loop over cells takes at once */
+  int64_t checks;                    /* whether to look at what lies side by side too, at a price */
+  int64_t is_finite;                 /* result: whether all that was looked at is finite */
 } Job;
 
 typedef struct {  /* where lanes are: block b of dof i at `at + stride * i + LANES * b`; NULL: all samples have the same values */
@@ -193,102 +198,206 @@ INLINE void transpose(vec *r)
 }
 #endif
 
-static void pack_part(Lanes x, const double *from, int64_t n, const int64_t *row)
+/* What is not finite leaves a NaN behind: x - x is zero for all other numbers. */
+INLINE vec doubt(vec x) { return x - x; }
+
+INLINE int is_zero(vec x)
+{
+  int yes = 1;
+  for (int k = 0; k < LANES; ++k) yes &= x[k] == 0.0;
+  return yes;
+}
+
+static vec pack_part(Lanes x, const double *from, int64_t n, const int64_t *row)
 {
   const double *r[LANES];
+  vec doubts = {};
   for (int k = 0; k < LANES; ++k) r[k] = from + row[k] * n;
   int64_t i = 0;
 #if SHUFFLES
   for (; i + LANES <= n; i += LANES) {
     vec tile[LANES];
     for (int k = 0; k < LANES; ++k) tile[k] = *(const loose *)(r[k] + i);
+    for (int k = 0; k < LANES; ++k) doubts += doubt(tile[k]);
     transpose(tile);
     for (int k = 0; k < LANES; ++k) *lane(x, i + k, 0) = tile[k];
   }
 #endif
-  for (; i < n; ++i)
+  for (; i < n; ++i) {
     for (int k = 0; k < LANES; ++k) (*lane(x, i, 0))[k] = r[k][i];
+    doubts += doubt(*lane(x, i, 0));
+  }
+  return doubts;
 }
 
-static void pack(Lanes x, const Field *f, int64_t block, int64_t num_samples)
+static int pack(Lanes x, const Field *f, int64_t block, int64_t num_samples)
 {
   int64_t row[LANES];
   const int64_t sample = block * LANES;
   for (int k = 0; k < LANES; ++k) row[k] = f->rows[sample + k < num_samples ? sample + k : num_samples - 1];
-  pack_part(x, f->owned, f->num_owned, row);
+  const vec doubts = pack_part(x, f->owned, f->num_owned, row);
   x.at += x.stride * f->num_owned;
-  pack_part(x, f->ghosts, f->num_local - f->num_owned, row);
+  return is_zero(doubts + pack_part(x, f->ghosts, f->num_local - f->num_owned, row));
 }
 
-static void unpack_part(Lanes y, double *to, int64_t n, const int64_t *row, int valid)
+/* The same where samples lie side by side, for some blocks. */
+static int pack_strip(Lanes x, Lanes from, int64_t num_local, int64_t count)
+{
+  vec doubts = {};
+  for (int64_t i = 0; i < num_local; ++i)
+    for (int64_t b = 0; b < count; ++b) {
+      const vec found = *(const loose *)lane(from, i, b);
+      doubts += doubt(found);
+      *lane(x, i, b) = found;
+    }
+  return is_zero(doubts);
+}
+
+static int strip_is_finite(Lanes x, int64_t num_local, int64_t count)
+{
+  vec doubts = {};
+  for (int64_t i = 0; i < num_local; ++i)
+    for (int64_t b = 0; b < count; ++b) doubts += doubt(*(const loose *)lane(x, i, b));
+  return is_zero(doubts);
+}
+
+static vec unpack_part(Lanes y, double *to, int64_t n, const int64_t *row, int valid)
 {
   int64_t i = 0;
+  vec doubts = {};
 #if SHUFFLES
   for (; i + LANES <= n; i += LANES) {
     vec tile[LANES];
     for (int k = 0; k < LANES; ++k) tile[k] = *lane(y, i + k, 0);
     transpose(tile);
-    for (int k = 0; k < valid; ++k) *(loose *)(to + row[k] * n + i) += tile[k];
+    for (int k = 0; k < valid; ++k) {
+      doubts += doubt(tile[k]);
+      *(loose *)(to + row[k] * n + i) = tile[k];
+    }
   }
 #endif
   for (; i < n; ++i)
-    for (int k = 0; k < valid; ++k) to[row[k] * n + i] += (*lane(y, i, 0))[k];
+    for (int k = 0; k < valid; ++k) {
+      const double found = (*lane(y, i, 0))[k];
+      doubts[k] += found - found;
+      to[row[k] * n + i] = found;
+    }
+  return doubts;
 }
 
-static void unpack(Lanes y, const Field *f, int64_t block, int64_t num_samples)
+static int unpack(Lanes y, const Field *f, int64_t block, int64_t num_samples)
 {
   const int64_t sample = block * LANES, left = num_samples - sample;
   const int valid = left < LANES ? (int)left : LANES;
   if (f->rows) {
-    unpack_part(y, f->owned, f->num_owned, f->rows + sample, valid);
+    const vec doubts = unpack_part(y, f->owned, f->num_owned, f->rows + sample, valid);
     y.at += y.stride * f->num_owned;
-    unpack_part(y, f->ghosts, f->num_local - f->num_owned, f->rows + sample, valid);
-    return;
+    return is_zero(doubts + unpack_part(y, f->ghosts, f->num_local - f->num_owned, f->rows + sample, valid));
   }
+  double doubts = 0.0;
   for (int64_t i = 0; i < f->num_local; ++i) {
     const vec lanes = *lane(y, i, 0);
     double sum = 0.0;
     for (int k = 0; k < valid; ++k) sum += lanes[k];
     f->owned[block * f->num_local + i] = sum;
+    doubts += sum - sum;
   }
+  return doubts == 0.0;
 }
 
 INLINE Lanes next(Lanes x, int64_t block) { x.at += LANES * block; return x; }
 
+/* Whether the lanes of a field are where its samples lie, side by side. */
+INLINE int is_in_place(const Field *f) { return f->stride && !f->num_zeros; }
+
 /* Where the lanes of a field are: in the field itself, in scratch memory, or nowhere. */
 static Lanes place(const Field *f, double **scratch, int64_t together, int is_result)
 {
-  if (f->stride) return (Lanes){f->owned, f->stride};
-  if (!f->rows && !is_result) return (Lanes){0, 0};
+  if (is_in_place(f)) return (Lanes){f->owned, f->stride};
+  if (!f->rows && !f->stride && !is_result) return (Lanes){0, 0};
   const Lanes found = {*scratch, LANES * together};
   *scratch += found.stride * f->num_local;
   return found;
 }
+
+/* Bring the samples of some blocks to where their lanes are. */
+static int read(Lanes x, const Field *f, int64_t block, int64_t count, const Job *job)
+{
+  int finite = 1;
+  if (is_in_place(f)) return !job->checks || strip_is_finite(x, f->num_local, count);
+  if (f->stride) finite &= pack_strip(x, next((Lanes){f->owned, f->stride}, block), f->num_local, count);
+  if (f->rows)
+    for (int64_t b = 0; b < count; ++b) finite &= pack(next(x, b), f, block + b, job->num_samples);
+  for (int64_t k = 0; k < f->num_zeros; ++k) memset(lane(x, f->zeros[k], 0), 0, sizeof(vec) * count);
+  return finite;
+}
+
+/* Make the lanes of a result ready to be added to. */
+static void prepare(Lanes y, const Field *f, int64_t count)
+{
+  if (!f->stride) memset(y.at, 0, sizeof(double) * y.stride * f->num_local);
+  else
+    for (int64_t i = 0; i < f->num_local; ++i) memset(lane(y, i, 0), 0, sizeof(vec) * count);
+}
+
+/* Bring lanes to where the results of some blocks are. */
+static int write(Lanes y, const Field *f, int64_t block, int64_t count, const Job *job)
+{
+  int finite = 1;
+  if (f->stride) return !job->checks || strip_is_finite(y, f->num_local, count);
+  for (int64_t b = 0; b < count; ++b) finite &= unpack(next(y, b), f, block + b, job->num_samples);
+  return finite;
+}
+
+/* Of what all samples have in common, each thread looks at its part. */
+static int shared_is_finite(const Field *f, int64_t first, int64_t last, int64_t num_blocks)
+{
+  double doubts = 0.0;
+  for (int64_t i = f->num_local * first / num_blocks; i < f->num_local * last / num_blocks; ++i)
+    doubts += f->owned[i] - f->owned[i];
+  return doubts == 0.0;
+}
 """
 
 TAIL = r"""
-void fem_vi_run(const Job *job)
+static void *run(void *given)
 {
+  Job *job = given;
   Lanes X[NUM_IN + 1], Y[NUM_OUT], x[NUM_IN + 1], y[NUM_OUT];
   double *scratch = job->scratch;
+  const int64_t num_blocks = (job->num_samples + LANES - 1) / LANES;
+  int finite = 1;
   for (int k = 0; k < NUM_IN; ++k) X[k] = place(job->in + k, &scratch, job->together, 0);
   for (int k = 0; k < NUM_OUT; ++k) Y[k] = place(job->out + k, &scratch, job->together, 1);
+  for (int k = 0; k < NUM_IN; ++k)
+    if (!X[k].at) finite &= shared_is_finite(job->in + k, job->first, job->last, num_blocks);
   for (int64_t block = job->first; block < job->last; block += job->together) {
     const int64_t left = job->last - block, count = left < job->together ? left : job->together;
     for (int k = 0; k < NUM_IN; ++k) {
-      x[k] = job->in[k].stride ? next(X[k], block) : X[k];
-      if (job->in[k].rows)
-        for (int64_t b = 0; b < count; ++b) pack(next(x[k], b), job->in + k, block + b, job->num_samples);
+      x[k] = is_in_place(job->in + k) ? next(X[k], block) : X[k];
+      finite &= read(x[k], job->in + k, block, count, job);
     }
     for (int k = 0; k < NUM_OUT; ++k) {
       y[k] = job->out[k].stride ? next(Y[k], block) : Y[k];
-      if (!job->out[k].stride) memset(y[k].at, 0, sizeof(double) * y[k].stride * job->out[k].num_local);
+      prepare(y[k], job->out + k, count);
     }
     integrate(job, x, y, count);
-    for (int k = 0; k < NUM_OUT; ++k)
-      if (!job->out[k].stride)
-        for (int64_t b = 0; b < count; ++b) unpack(next(y[k], b), job->out + k, block + b, job->num_samples);
+    for (int k = 0; k < NUM_OUT; ++k) finite &= write(y[k], job->out + k, block, count, job);
   }
+  job->is_finite = finite;
+  return 0;
+}
+
+/* Threads that are new are put where nothing else runs; those that wait for work are woken beside who wakes them. */
+void fem_vi_run(Job *jobs, int64_t num_jobs)
+{
+  pthread_t threads[num_jobs];
+  int started[num_jobs];
+  for (int64_t k = 1; k < num_jobs; ++k) started[k] = pthread_create(threads + k, 0, run, jobs + k) == 0;
+  run(jobs);
+  for (int64_t k = 1; k < num_jobs; ++k)
+    if (started[k]) pthread_join(threads[k], 0);
+    else run(jobs + k);
 }
 """
 

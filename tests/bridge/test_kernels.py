@@ -181,6 +181,35 @@ def test_values_that_are_not_finite_are_found() -> None:
         residual(torch.stack([owned(u) + 1.0, owned(u) - 1.0]))
 
 
+LAYOUTS = {
+    "rows": lambda x: x,
+    "side by side": lambda x: side_by_side(x),
+    "one for all": lambda x: x[-1:],
+}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wrong", [0, 1, 2, 3], ids=["state", "field", "Constant", "field that the residual does not see"])
+def test_inputs_that_are_not_finite_are_named(wrong: int, layout: str) -> None:
+    """Also where the residual is finite all the same, as exp(-inf) is; on all ranks, where one has the wrong value."""
+    V = fem.functionspace(square(COMM), ("Lagrange", 1))
+    u, m, h, v = fem.Function(V), fem.Function(V), fem.Function(V), ufl.TestFunction(V)
+    c = fem.Constant(V.mesh, 1.0)
+    F = (ufl.exp(-u) + ufl.exp(-m) + ufl.exp(-c)) * v * ufl.dx
+    bc = fem.dirichletbc(h, fem.locate_dofs_geometrical(V, lambda x: np.isclose(x[0], 0.0)))
+    pde = fem_vi.WeakForm(F, state=u, inputs=[m, c, h], bcs=[bc])
+    residual = fem_vi.Residual(pde, kernel=fem_vi.CompiledKernel(num_threads=2))
+    at = [torch.ones((16, owned(x).numel()), dtype=torch.float64) for x in (u, m, u, h)]
+    at[2] = torch.ones(16, dtype=torch.float64)
+    assert torch.isfinite(residual(*at)).all()
+    if COMM.rank == COMM.size - 1 or wrong == 2:
+        at[wrong][-1, ...].fill_(torch.inf)
+    label = "state" if wrong == 0 else rf"inputs\[{wrong - 1}\]"
+    with pytest.raises(fem_vi.InvalidInput, match=f"Residual: .*{label}.*not finite"):
+        residual(*(LAYOUTS[layout](x) if k == wrong else x for k, x in enumerate(at)))
+
+
 @pytest.mark.mpi
 def test_coordinates_are_refused() -> None:
     case = CASES["moving_mesh"](COMM)
@@ -260,6 +289,25 @@ def test_libraries_appear_complete(empty_cache: Path) -> None:
         thread.join()
     assert len(set(found)) == 1 and list(empty_cache.iterdir()) == found[:1]
     assert c_compiler.load_library("key", lambda: "this is no C", MPI.COMM_SELF).f7 is not None
+
+
+@pytest.mark.parametrize("kernel", [fem_vi.CompiledKernel(), fem_vi.AssembledKernel()], ids=["compiled", "assembled"])
+def test_cotangents_stay_the_callers(kernel: Any) -> None:
+    """What is prescribed has no test function; the caller's cotangent keeps its values there, and may change afterwards."""
+    case = FORMS["diffusion_triangle_P2"](MPI.COMM_SELF)
+    residual = fem_vi.Residual(case.pde, kernel=kernel)
+    leaves = [x.clone().requires_grad_() for x in samples(case, 3)]
+    found = []
+    for scale in (1.0, 0.0):
+        g = torch.linspace(-1.0, 1.0, leaves[0].numel()).double().reshape(leaves[0].shape).requires_grad_()
+        given = g.detach().clone()
+        grads = torch.autograd.grad(residual(*leaves), leaves, g, create_graph=True)
+        assert torch.equal(g, given)
+        g.data.mul_(scale)
+        found.append(torch.autograd.grad(sum(x.square().sum() for x in grads), leaves))
+    for a, b in zip(*found, strict=True):
+        assert a.any()
+        assert torch.equal(a, b)
 
 
 def test_gradient_that_sums_over_samples_is_the_same_for_any_split() -> None:
