@@ -177,7 +177,7 @@ class LaneFormatter:
         if s.values is None:
             return f"{kind} {name}{dims};\n"
         values = np.asarray(s.values)
-        if name not in self._lanes:
+        if s.const and name not in self._lanes:
             kind = "int" if values.dtype.kind in "iub" else "double"
             self._tables[name] = values
             return f"static const {kind} {name}{dims} = {_initialiser(values)};\n"

@@ -1,0 +1,198 @@
+"""What a state equation evaluates for many samples at once, by C code of its own: Jacobians, right-hand sides and gradients.
+
+The code is compiled when a batch with more than a `FEW` samples first asks for it. Where there is none, because the form has no
+translation or the machine no compiler, DOLFINx assembles for one sample after another. The numbers are the same, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from fem_vi.errors import CompilerFailed, UnsupportedForm
+from fem_vi.pde.batch_form import Values
+from fem_vi.pde.batch_matrix import BatchMatrix
+from fem_vi.pde.compiled import CompiledResidual, threads_of_environment
+from fem_vi.pde.inputs import Array
+from fem_vi.pde.kernels import Rows, Samples
+from fem_vi.pde.matrix import Assemble, assemble_loaded
+from fem_vi.pde.state import Systems
+from fem_vi.pde.weak_form import WeakForm
+
+T = TypeVar("T")
+
+FEW = 4
+"""So many samples are not worth the time that a compiler takes."""
+_AT_ONCE = 16
+"""Jacobians that are evaluated at once: one or more blocks of samples, whatever the processor."""
+
+
+class Jacobians(Protocol):
+    """The Jacobians of some samples."""
+
+    def assembler(self, number: int) -> Assemble:
+        """What assembles the Jacobian of one of them, whose inputs and state are loaded."""
+
+
+class LoadedJacobians:
+    """Assembled by DOLFINx, at what is loaded."""
+
+    def assembler(self, number: int) -> Assemble:
+        """See `Jacobians.assembler`."""
+        return assemble_loaded
+
+
+class BatchedJacobians:
+    """Evaluated some at a time, with those beside one that is asked for.
+
+    Args:
+        matrix: The compiled Jacobian.
+        values: For each Function and Constant that varies, its values, and the row that each sample reads.
+        num: How many there are.
+    """
+
+    def __init__(self, matrix: BatchMatrix, values: Mapping[Any, Values], num: int) -> None:
+        self._matrix = matrix
+        self._values = values
+        self._num = num
+        self._first = num
+        self._entries: Array = np.empty((0, 0))
+
+    def assembler(self, number: int) -> Assemble:
+        """See `Jacobians.assembler`; nothing need be loaded."""
+        return lambda matrix: matrix.write(self._row(number))
+
+    def _row(self, number: int) -> Array:
+        first = number - number % _AT_ONCE
+        if first != self._first:
+            last = min(first + _AT_ONCE, self._num)
+            given = {symbol: Values(x.values, x.rows[first:last]) for symbol, x in self._values.items()}
+            self._entries, self._first = self._matrix.values(last - first, given), first
+        return self._entries[number - first]  # type: ignore[no-any-return]
+
+
+class SampleKernels:
+    """The compiled kernels of a weak form's state equation.
+
+    Args:
+        pde: The weak form.
+
+    MPI: Collective.
+    """
+
+    def __init__(self, pde: WeakForm) -> None:
+        self._pde = pde
+        self._gradients: dict[tuple[int, ...], bool] = {}
+
+    @cached_property
+    def _kernel(self) -> CompiledResidual | None:
+        return _unless_refused(lambda: CompiledResidual(self._pde, threads_of_environment()))
+
+    @cached_property
+    def _matrix(self) -> BatchMatrix | None:
+        pde, kernel = self._pde, self._kernel
+        if kernel is None:
+            return None
+        return _unless_refused(lambda: BatchMatrix(pde.jacobian, pde.boundary, pde.fixed, kernel.mesh))
+
+    @cached_property
+    def _has_residual(self) -> bool:
+        kernel = self._kernel
+        return kernel is not None and _compiles(kernel.compile_residual)
+
+    def jacobians(self, num: int, flat: Sequence[Array], rows: Sequence[Rows], states: tuple[Array, Rows] | None) -> Jacobians:
+        """The Jacobians of some samples.
+
+        Args:
+            num: How many there are.
+            flat: The values of each input, `(num_rows, size)`.
+            rows: For each input the row that each sample reads.
+            states: For a form that is not linear, the states and the rows likewise.
+
+        MPI: Collective.
+        """
+        if num <= FEW or self._matrix is None:
+            return LoadedJacobians()
+        values = {given.symbol: Values(x, own) for given, x, own in zip(self._pde.inputs, flat, rows, strict=True)}
+        if states is not None:
+            values[self._pde.state] = Values(*states)
+        return BatchedJacobians(self._matrix, values, num)
+
+    def systems(self, num: int, flat: Sequence[Array], rows: Sequence[Rows]) -> Systems | None:
+        """What is to be solved for the samples of a linear form: b = -F(u_D); None where there is no code for it.
+
+        Args:
+            num: How many there are.
+            flat: The values of each input, `(num_rows, size)`.
+            rows: For each input the row that each sample reads.
+
+        MPI: Collective.
+        """
+        if num <= FEW or not self._has_residual:
+            return None
+        assert self._kernel is not None
+        boundary, size = self._pde.boundary, self._pde.unknown.size
+        lifting = np.zeros((1 if boundary.homogeneous else num, size))
+        lifting[:, boundary.owned] = boundary.fixed
+        for source in boundary.sources:
+            dofs, entries = source.owned
+            lifting[:, dofs] = flat[source.position][rows[source.position]][:, entries]
+        at = Samples([lifting, *flat], [np.arange(num) % len(lifting), *rows])
+        b = -self._kernel.residual(at)
+        b[:, boundary.owned] = 0.0
+        return Systems(None if boundary.homogeneous else lifting, b)
+
+    def add_implicit(self, at: Samples, g: Array, lam: Array, grads: Sequence[Array | None]) -> bool:
+        """`ResidualVjp.add_implicit` for many samples.
+
+        Args:
+            at: States and inputs.
+            g: Cotangents dL/du of the states, `(num_rows, n_owned)`.
+            lam: (dF/du)^-T g of the samples, `(num_samples, n_owned)`.
+            grads: For each input, what its gradient is added to, in the rows that the samples read; None where it is not wanted.
+
+        Returns:
+            Whether there is code for it; where there is none, nothing has been added.
+
+        MPI: Collective.
+        """
+        wanted = [(source, grad) for source in self._pde.boundary.sources if (grad := grads[source.position]) is not None]
+        at_state = g.copy() if wanted else None
+        if at.num <= FEW or not self._takes([at_state, *grads]):
+            return False
+        assert self._kernel is not None
+        self._kernel.vjp(at, -lam, [at_state, *grads])
+        for source, grad in wanted:
+            assert at_state is not None
+            np.add.at(grad, at.rows[1 + source.position], source.gradient(at_state[at.rows[0]], self._pde.comm))
+        return True
+
+    def _takes(self, grads: Sequence[Array | None]) -> bool:
+        """Whether there is code for the gradients of the state and the inputs that are wanted. Collective."""
+        wanted = tuple(k for k, grad in enumerate(grads) if grad is not None)
+        kernel = self._kernel
+        if kernel is None:
+            return False
+        if wanted not in self._gradients:
+            self._gradients[wanted] = _compiles(lambda: kernel.compile_vjp(wanted))
+        return self._gradients[wanted]
+
+
+def _unless_refused(create: Callable[[], T]) -> T | None:
+    """What is created; None where there is no code for it, on all ranks alike. Collective."""
+    try:
+        return create()
+    except (UnsupportedForm, CompilerFailed):
+        return None
+
+
+def _compiles(work: Callable[[], None]) -> bool:
+    """Whether there is code for something. Collective."""
+    try:
+        work()
+    except (UnsupportedForm, CompilerFailed):
+        return False
+    return True
