@@ -17,7 +17,7 @@ import numpy as np
 from fem_vi.errors import UnsupportedForm
 from fem_vi.pde.lane_factors import without_invariants
 from fem_vi.pde.lane_rank import with_fewer_columns
-from fem_vi.pde.lane_tree import names, walk
+from fem_vi.pde.lane_tree import declares, is_scope, names, walk
 
 _UNARY = {
     "sqrt": "sqrt", "cos": "cos", "sin": "sin", "tan": "tan", "acos": "acos", "asin": "asin", "atan": "atan", "cosh": "cosh",
@@ -72,6 +72,7 @@ class LaneFormatter:
         self._lanes = lane_symbols(self._tree, batched)
         self._tables: dict[str, np.ndarray[Any, Any]] = {}
         self._indices: dict[str, int] = {}  # of the loops that are being unrolled
+        self._num_repeated = 0  # statements that the C compiler adds where it unrolls loops
         self.functions: set[str] = set()
 
     def body(self) -> str:
@@ -87,7 +88,8 @@ class LaneFormatter:
 
     def _statement(self, s: Any) -> str:
         if isinstance(s, L.Section):
-            return "".join(self._statement(x) for x in (*s.declarations, *s.statements))
+            body = "".join(map(self._statement, s.statements))
+            return "".join(map(self._statement, s.declarations)) + (f"{{\n{body}}}\n" if is_scope(s) else body)
         if isinstance(s, L.StatementList):
             return "".join(self._statement(x) for x in s.statements)
         if isinstance(s, L.Comment):
@@ -119,13 +121,17 @@ class LaneFormatter:
             or begin is None
             or end is None
             or end - begin > _LONGEST_UNROLLED
-            or _declares(s.body)
+            or declares(s.body)
         ):
             name = self._scalar(s.index)
             head = f"for (int {name} = {self._scalar(s.begin)}; {name} < {self._scalar(s.end)}; ++{name})"
+            others, self._num_repeated = self._num_repeated, 0
             body = self._statement(s.body)
             count = 0 if begin is None or end is None else int(end - begin)
-            pragma = f"#pragma GCC unroll {count}\n" if count > 1 and count * body.count(";") <= _MOST_UNROLLED else ""
+            size = body.count(";") + self._num_repeated
+            unrolled = count > 1 and count * size <= _MOST_UNROLLED
+            pragma = f"#pragma GCC unroll {count}\n" if unrolled else ""
+            self._num_repeated += others + (count - 1) * size * unrolled
             return f"{pragma}{head} {{\n{body}}}\n"
         parts = []
         for i in range(int(begin), int(end)):
@@ -295,10 +301,6 @@ class LaneFormatter:
 def _terms(node: Any) -> list[Any]:
     """The operands of a sum or product."""
     return list(node.args) if isinstance(node, L.NaryOp) else [node.lhs, node.rhs]
-
-
-def _declares(node: Any) -> bool:
-    return any(isinstance(below, L.Declaration) for below in walk(node))
 
 
 def _number(value: Any) -> str:

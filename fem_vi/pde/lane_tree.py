@@ -30,6 +30,23 @@ def names(node: Any) -> set[str]:
     return {below.name for below in walk(node) if isinstance(below, L.Symbol)}
 
 
+def declares(node: Any) -> bool:
+    """Whether there is a declaration in a statement."""
+    return any(isinstance(below, L.Declaration) for below in walk(node))
+
+
+def is_scope(section: Any) -> bool:
+    """Whether the statements of a section have variables of their own, whose names others may use too."""
+    return any(map(declares, section.statements))
+
+
+def as_section(section: Any, statements: list[Any]) -> list[Any]:
+    """What takes the place of a section when its statements become others."""
+    if is_scope(section):
+        return [L.Section(section.name, statements, section.declarations)]
+    return [*section.declarations, *statements]
+
+
 def flat(node: Any) -> Iterator[Any]:
     """Statements without lists of statements among them."""
     if isinstance(node, L.StatementList):
