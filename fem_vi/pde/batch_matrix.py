@@ -26,6 +26,11 @@ from fem_vi.pde.inputs import Array, Input, local_size
 from fem_vi.pde.lane_job import FieldSpace
 from fem_vi.pde.matrix import create_pattern
 
+AT_ONCE = 8
+"""Matrices that are evaluated at once: one block of samples, or more, whatever the processor."""
+MOST_BYTES = 2**28
+"""Memory that these may take, on lanes and as the rows that are copied from there; a matrix like that takes long to factorise."""
+
 
 class BatchMatrix:
     """The matrices of a 2-form on one space, on one rank, with the Dirichlet conditions of its rows and columns.
@@ -52,6 +57,8 @@ class BatchMatrix:
             _check(form, mesh)
         space = form.arguments()[0].ufl_function_space()
         csr = create_pattern(fem.form(form))
+        with raise_on_all(mesh.comm):
+            _check_memory(len(csr.indices))
         entries = _Entries(csr.indptr, csr.indices)
         self.num_entries = entries.num
         self._ones = entries.find(boundary.owned, boundary.owned)
@@ -77,6 +84,11 @@ def _check(form: ufl.Form, mesh: KernelMesh) -> None:
         raise UnsupportedForm("The matrices of many samples are evaluated at once on one rank only.")
     if any(integral.integral_type() == "interior_facet" for integral in form.integrals()):
         raise UnsupportedForm("The matrices of many samples are not evaluated at once over interior facets.")
+
+
+def _check_memory(num_entries: int) -> None:
+    if 2 * AT_ONCE * num_entries * 8 > MOST_BYTES:
+        raise UnsupportedForm(f"The matrices of {AT_ONCE} samples would take more memory at once than {MOST_BYTES} bytes.")
 
 
 class _Entries:

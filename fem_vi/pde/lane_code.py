@@ -28,6 +28,7 @@ _BESSEL = {"bessel_j": "jn", "bessel_y": "yn"}
 _CONDITIONS = (L.EQ, L.NE, L.LT, L.LE, L.GT, L.GE, L.And, L.Or, L.Not)
 _LARGEST_POWER = 8  # by products; the error of each is half a unit in the last place
 _LONGEST_UNROLLED = 10  # iterations: all dofs of P2 on tetrahedra
+_MOST_INNER = 64  # iterations of two loops, one inside the other: element matrices of trilinear functions
 _MOST_UNROLLED = 1200  # statements of all iterations that the C compiler is asked to unroll
 
 
@@ -121,6 +122,7 @@ class LaneFormatter:
             or begin is None
             or end is None
             or end - begin > _LONGEST_UNROLLED
+            or (end - begin) * self._num_inner(s.body) > _MOST_INNER
             or declares(s.body)
         ):
             name = self._scalar(s.index)
@@ -139,6 +141,11 @@ class LaneFormatter:
             parts.append(self._statement(s.body))
         del self._indices[s.index.name]
         return "".join(parts)
+
+    def _num_inner(self, body: Any) -> float:
+        """Iterations of the longest loop inside a loop."""
+        loops = [below for below in walk(body) if isinstance(below, L.ForRange)]
+        return max(((self._known(loop.end) or 0) - (self._known(loop.begin) or 0) for loop in loops), default=1)
 
     def _known(self, node: Any) -> float | int | None:
         """The value of an expression, where it is the same for all cells and points."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from fem_vi.errors import CompilerFailed, UnsupportedForm
 from fem_vi.pde.batch_form import Values
-from fem_vi.pde.batch_matrix import BatchMatrix
+from fem_vi.pde.batch_matrix import AT_ONCE, BatchMatrix
 from fem_vi.pde.compiled import CompiledResidual, threads_of_environment
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import Rows, Samples
@@ -26,8 +26,6 @@ T = TypeVar("T")
 
 FEW = 4
 """So many samples are not worth the time that a compiler takes."""
-_AT_ONCE = 16
-"""Jacobians that are evaluated at once: one or more blocks of samples, whatever the processor."""
 
 
 class Jacobians(Protocol):
@@ -66,9 +64,9 @@ class BatchedJacobians:
         return lambda matrix: matrix.write(self._row(number))
 
     def _row(self, number: int) -> Array:
-        first = number - number % _AT_ONCE
+        first = number - number % AT_ONCE
         if first != self._first:
-            last = min(first + _AT_ONCE, self._num)
+            last = min(first + AT_ONCE, self._num)
             given = {symbol: Values(x.values, x.rows[first:last]) for symbol, x in self._values.items()}
             self._entries, self._first = self._matrix.values(last - first, given), first
         return self._entries[number - first]  # type: ignore[no-any-return]
