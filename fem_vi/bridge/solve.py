@@ -200,7 +200,7 @@ class Solve(BatchedOperator):
         if not self.pde.is_linear and states is None:
             return LoadedJacobians()
         first = np.array([group.samples[0] for group in groups], dtype=np.intp)
-        own = None if self.pde.is_linear or states is None else (states, first)
+        own = None if self.pde.is_linear or states is None else states[first]
         return self._kernels.jacobians(len(groups), flat, [rows[first] for rows in call.rows], own)
 
     def _single(self, call: Call, flat: Sequence[Array], states: Array | None) -> _Group:

@@ -17,7 +17,7 @@ import numpy as np
 from fem_vi.errors import UnsupportedForm
 from fem_vi.pde.lane_factors import without_invariants
 from fem_vi.pde.lane_rank import with_fewer_columns
-from fem_vi.pde.lane_tree import declares, is_scope, names, walk
+from fem_vi.pde.lane_tree import is_scope, names, walk
 
 _UNARY = {
     "sqrt": "sqrt", "cos": "cos", "sin": "sin", "tan": "tan", "acos": "acos", "asin": "asin", "atan": "atan", "cosh": "cosh",
@@ -123,7 +123,7 @@ class LaneFormatter:
             or end is None
             or end - begin > _LONGEST_UNROLLED
             or (end - begin) * self._num_inner(s.body) > _MOST_INNER
-            or declares(s.body)
+            or _declares(s.body)
         ):
             name = self._scalar(s.index)
             head = f"for (int {name} = {self._scalar(s.begin)}; {name} < {self._scalar(s.end)}; ++{name})"
@@ -308,6 +308,10 @@ class LaneFormatter:
 def _terms(node: Any) -> list[Any]:
     """The operands of a sum or product."""
     return list(node.args) if isinstance(node, L.NaryOp) else [node.lhs, node.rhs]
+
+
+def _declares(node: Any) -> bool:
+    return any(isinstance(below, L.Declaration) for below in walk(node))
 
 
 def _number(value: Any) -> str:

@@ -30,14 +30,9 @@ def names(node: Any) -> set[str]:
     return {below.name for below in walk(node) if isinstance(below, L.Symbol)}
 
 
-def declares(node: Any) -> bool:
-    """Whether there is a declaration in a statement."""
-    return any(isinstance(below, L.Declaration) for below in walk(node))
-
-
 def is_scope(section: Any) -> bool:
-    """Whether the statements of a section have variables of their own, whose names others may use too."""
-    return any(map(declares, section.statements))
+    """Whether the statements of a section have arrays of their own, whose names other sections use too."""
+    return any(isinstance(below, L.ArrayDecl) for statement in section.statements for below in walk(statement))
 
 
 def as_section(section: Any, statements: list[Any]) -> list[Any]:

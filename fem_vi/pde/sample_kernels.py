@@ -6,6 +6,7 @@ translation or the machine no compiler, DOLFINx assembles for one sample after a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
@@ -101,14 +102,14 @@ class SampleKernels:
         kernel = self._kernel
         return kernel is not None and _compiles(kernel.compile_residual)
 
-    def jacobians(self, num: int, flat: Sequence[Array], rows: Sequence[Rows], states: tuple[Array, Rows] | None) -> Jacobians:
+    def jacobians(self, num: int, flat: Sequence[Array], rows: Sequence[Rows], states: Array | None) -> Jacobians:
         """The Jacobians of some samples.
 
         Args:
             num: How many there are.
             flat: The values of each input, `(num_rows, size)`.
             rows: For each input the row that each sample reads.
-            states: For a form that is not linear, the states and the rows likewise.
+            states: For a form that is not linear, the states, `(num, n_owned)`.
 
         MPI: Collective.
         """
@@ -116,7 +117,7 @@ class SampleKernels:
             return LoadedJacobians()
         values = {given.symbol: Values(x, own) for given, x, own in zip(self._pde.inputs, flat, rows, strict=True)}
         if states is not None:
-            values[self._pde.state] = Values(*states)
+            values[self._pde.state] = Values(states, np.arange(num))
         return BatchedJacobians(self._matrix, values, num)
 
     def systems(self, num: int, flat: Sequence[Array], rows: Sequence[Rows]) -> Systems | None:
@@ -147,7 +148,7 @@ class SampleKernels:
         """`ResidualVjp.add_implicit` for many samples.
 
         Args:
-            at: States and inputs.
+            at: States and inputs; no two samples read the same state.
             g: Cotangents dL/du of the states, `(num_rows, n_owned)`.
             lam: (dF/du)^-T g of the samples, `(num_samples, n_owned)`.
             grads: For each input, what its gradient is added to, in the rows that the samples read; None where it is not wanted.
@@ -157,20 +158,40 @@ class SampleKernels:
 
         MPI: Collective.
         """
-        wanted = [(source, grad) for source in self._pde.boundary.sources if (grad := grads[source.position]) is not None]
-        at_state = g.copy() if wanted else None
-        if at.num <= FEW or not self._takes([at_state, *grads]):
+        if at.num <= FEW or not self._takes(grads):
             return False
-        assert self._kernel is not None
-        self._kernel.vjp(at, -lam, [at_state, *grads])
-        for source, grad in wanted:
-            assert at_state is not None
-            np.add.at(grad, at.rows[1 + source.position], source.gradient(at_state[at.rows[0]], self._pde.comm))
+        if at.num == len(g):
+            self._add_implicit(at, g, lam, grads)
+            return True
+        # Some samples have no state: what is left of them reads rows of its own, of which no two are the same.
+        alone = Samples([x[rows] for x, rows in zip(at.values, at.rows, strict=True)], [np.arange(at.num)] * len(at.rows))
+        parts = [None if grad is None else np.zeros((at.num, grad.shape[1])) for grad in grads]
+        self._add_implicit(alone, g[at.rows[0]], lam, parts)
+        for grad, part, rows in zip(grads, parts, at.rows[1:], strict=True):
+            if grad is not None and part is not None:
+                np.add.at(grad, rows, part)
         return True
 
+    def _add_implicit(self, at: Samples, g: Array, lam: Array, grads: Sequence[Array | None]) -> None:
+        """`add_implicit` where there is code for it."""
+        assert self._kernel is not None
+        at_state = g.copy() if self._prescribe(grads) else None
+        self._kernel.vjp(at, -lam, [at_state, *grads])
+        if at_state is None:
+            return
+        for source in self._pde.boundary.sources:
+            grad = grads[source.position]
+            if grad is not None:
+                np.add.at(grad, at.rows[1 + source.position], source.gradient(at_state, self._pde.comm))
+
+    def _prescribe(self, grads: Sequence[Array | None]) -> bool:
+        """Whether one of the inputs whose gradients are wanted holds values on the boundary."""
+        return any(grads[source.position] is not None for source in self._pde.boundary.sources)
+
     def _takes(self, grads: Sequence[Array | None]) -> bool:
-        """Whether there is code for the gradients of the state and the inputs that are wanted. Collective."""
-        wanted = tuple(k for k, grad in enumerate(grads) if grad is not None)
+        """Whether there is code for the gradients of the inputs that are wanted. Collective."""
+        inputs = tuple(1 + k for k, grad in enumerate(grads) if grad is not None)
+        wanted = (0, *inputs) if self._prescribe(grads) else inputs
         kernel = self._kernel
         if kernel is None:
             return False
@@ -183,14 +204,18 @@ def _unless_refused(create: Callable[[], T]) -> T | None:
     """What is created; None where there is no code for it, on all ranks alike. Collective."""
     try:
         return create()
-    except (UnsupportedForm, CompilerFailed):
+    except UnsupportedForm:
+        return None
+    except CompilerFailed as error:
+        warnings.warn(f"Samples are evaluated one after another, which takes longer: {error}", stacklevel=2)
         return None
 
 
 def _compiles(work: Callable[[], None]) -> bool:
     """Whether there is code for something. Collective."""
-    try:
+
+    def compiled() -> bool:
         work()
-    except (UnsupportedForm, CompilerFailed):
-        return False
-    return True
+        return True
+
+    return _unless_refused(compiled) is not None

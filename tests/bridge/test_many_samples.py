@@ -135,26 +135,28 @@ def test_a_machine_without_a_compiler_takes_one_after_another(monkeypatch: pytes
     at, weight = samples(case, 6)[1:], case.weights[-1]
     expected = one_after_another(monkeypatch, lambda: numbers(fem_vi.Solve(case.pde), at, weight))
     monkeypatch.setattr(batch_form, "load_library", fail)
-    for x, y in zip(numbers(fem_vi.Solve(case.pde), at, weight), expected, strict=True):
+    with pytest.warns(UserWarning, match="one after another, which takes longer: there is none"):
+        found = numbers(fem_vi.Solve(case.pde), at, weight)
+    for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y)
 
 
-def test_which_jacobians_are_evaluated_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of one rank without inner facets: what the tests above compare is not one path with itself."""
-    used: list[type] = []
-    plain = sample_kernels.SampleKernels.jacobians
-
-    def spy(self: Any, *given: Any) -> Any:
-        found = plain(self, *given)
-        used.append(type(found))
-        return found
-
-    monkeypatch.setattr(sample_kernels.SampleKernels, "jacobians", spy)
-    for name in NAMES:
-        case = CASES[name](MPI.COMM_SELF)
-        numbers(fem_vi.Solve(case.pde), samples(case, 6)[1:], case.weights[-1])
-        expected = LoadedJacobians if name in ("discontinuous", "moving_mesh") else BatchedJacobians
-        assert used.pop() is expected, name
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_evaluated_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jacobians on one rank without inner facets, and all gradients: the tests above do not compare one path with itself."""
+    jacobians: list[type] = []
+    gradients: list[bool] = []
+    plain, adding = sample_kernels.SampleKernels.jacobians, sample_kernels.SampleKernels.add_implicit
+    monkeypatch.setattr(
+        sample_kernels.SampleKernels, "jacobians", lambda *given: (found := plain(*given), jacobians.append(type(found)))[0]
+    )
+    monkeypatch.setattr(
+        sample_kernels.SampleKernels, "add_implicit", lambda *given: (added := adding(*given), gradients.append(added))[0]
+    )
+    case = CASES[name](MPI.COMM_SELF)
+    numbers(fem_vi.Solve(case.pde), samples(case, 6)[1:], case.weights[-1])
+    assert jacobians[-1] is (LoadedJacobians if name in ("discontinuous", "moving_mesh") else BatchedJacobians)
+    assert gradients == [name != "moving_mesh"]
 
 
 @pytest.mark.mpi
