@@ -58,6 +58,10 @@ class Solve(BatchedOperator):
     that share the inputs of the Jacobian share the factorisation, and with a direct method are solved all at once. Other forms
     go through PETSc's SNES, from the values that the state Function had when the `WeakForm` was built.
 
+    What a batch of more than four samples needs of its form is evaluated for all of them at once, by C that is compiled for it
+    when the first such batch comes (see `CompiledKernel`): gradients and right-hand sides, and on one rank the Jacobians of
+    samples that have their own. Forms that have no such code, and Jacobians with inner facets, are assembled sample by sample.
+
     Second derivatives are those of reverse mode over either mode and of forward over reverse mode: `torch.autograd.grad` with
     `create_graph=True`, `torch.func.hessian`. Third ones are refused.
 
