@@ -258,7 +258,7 @@ class Solve(BatchedOperator):
         """Add the gradients that are known for all samples together, and return those that are left."""
         chosen = np.array(samples, dtype=np.intp)
         rows = [own[chosen] for own in call.rows]
-        lam = at.lam[chosen]
+        lam = at.lam if len(samples) == len(at.lam) else at.lam[chosen]
         left = self._vjp.add_products(lam, rows, grads)
         if all(grad is None for grad in left):
             return left
