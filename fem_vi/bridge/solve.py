@@ -32,7 +32,10 @@ from fem_vi.parallel import any_rank_each
 from fem_vi.pde.adjoint import ResidualVjp
 from fem_vi.pde.agree import agreed
 from fem_vi.pde.inputs import Array
+from fem_vi.pde.kernels import Samples
+from fem_vi.pde.matrix import Assemble
 from fem_vi.pde.petsc_options import Option, check_options
+from fem_vi.pde.sample_kernels import Jacobians, LoadedJacobians, SampleKernels
 from fem_vi.pde.state import StateEquation
 from fem_vi.pde.tangent import ResidualTangent
 from fem_vi.pde.weak_form import WeakForm, check_weak_form
@@ -54,6 +57,10 @@ class Solve(BatchedOperator):
     A form that is affine in the state is solved by one factorisation, which adjoint and tangent solves use again. Samples
     that share the inputs of the Jacobian share the factorisation, and with a direct method are solved all at once. Other forms
     go through PETSc's SNES, from the values that the state Function had when the `WeakForm` was built.
+
+    What a batch of more than four samples needs of its form is evaluated for all of them at once, by C that is compiled for it
+    when the first such batch comes (see `CompiledKernel`): gradients and right-hand sides, and on one rank the Jacobians of
+    samples that have their own. Forms that have no such code, and Jacobians with inner facets, are assembled sample by sample.
 
     Second derivatives are those of reverse mode over either mode and of forward over reverse mode: `torch.autograd.grad` with
     `create_graph=True`, `torch.func.hessian`. Third ones are refused.
@@ -112,6 +119,7 @@ class Solve(BatchedOperator):
         self.pde = pde
         self._equation = StateEquation(pde, petsc_options or {}, factor_budget)
         self._vjp = ResidualVjp(pde, self._equation.matrices)
+        self._kernels = SampleKernels(pde)
         self._masks = isinstance(failed, MaskFailed)
 
     @property
@@ -143,8 +151,16 @@ class Solve(BatchedOperator):
     def _forward(self, call: Call, flat: Sequence[Array]) -> Array:
         out = np.empty((call.num_samples, self.pde.unknown.size))
         failures: dict[int, SolveFailed] = {}
-        for group in self._groups(call, flat):
-            out[group.where], failed = self._equation.solve_many(group.values, group.key)
+        groups = self._groups(call, flat)
+        jacobians = self._jacobians(call, flat, groups)
+        systems = self._kernels.systems(call.num_samples, flat, call.rows) if self._equation.assembles_systems else None
+        for number, group in enumerate(groups):
+            out[group.where], failed = self._equation.solve_many(
+                group.values,
+                group.key,
+                systems=None if systems is None else systems.of(group.where),
+                assemble=jacobians.assembler(number),
+            )
             if failed:
                 failures |= {group.samples[k]: error for k, error in failed.items()}
             if not call.keep and group.key is not None:
@@ -183,6 +199,14 @@ class Solve(BatchedOperator):
         groups: dict[Hashable, list[int]] = call.saved["groups"]
         return [_Group(key, samples, [call.values(flat, sample) for sample in samples]) for key, samples in groups.items()]
 
+    def _jacobians(self, call: Call, flat: Sequence[Array], groups: Sequence[_Group], states: Array | None = None) -> Jacobians:
+        """The Jacobians of some groups, each that of its first sample; arguments as for `_groups`."""
+        if not self.pde.is_linear and states is None:
+            return LoadedJacobians()
+        first = np.array([group.samples[0] for group in groups], dtype=np.intp)
+        own = None if self.pde.is_linear or states is None else states[first]
+        return self._kernels.jacobians(len(groups), flat, [rows[first] for rows in call.rows], own)
+
     def _single(self, call: Call, flat: Sequence[Array], states: Array | None) -> _Group:
         """The group of a call with one sample."""
         values = [call.values(flat, 0)]
@@ -203,26 +227,43 @@ class Solve(BatchedOperator):
         if self._masks:
             lam.fill(0.0)
             self._mask_gradients(call, out, g, grads)
-        for group in reversed(self._alive(call, flat, out)):  # the factor used last is the one surely kept
-            lam[group.where] = self._adjoint(call, group, out, g)
-            left: Sequence[Array | None] = grads
-            if len(group.samples) > 1:
-                left = self._vjp.add_products(lam[group.where], [rows[group.where] for rows in call.rows], grads)
-            self._add_gradients(call, group, (out, g, lam), left)
+        at = _Adjoint(flat, out, g, lam)
+        groups = self._alive(call, flat, out)
+        jacobians = self._jacobians(call, flat, groups, out)
+        for number in reversed(range(len(groups))):  # the factor used last is the one surely kept
+            group = groups[number]
+            lam[group.where] = self._solve_adjoints(call, group, at, jacobians.assembler(number))
             if group.key is not None:
                 self._equation.factors.release(group.key)
+        self._add_gradients(call, groups, at, grads)
         return lam
 
-    def _add_gradients(self, call: Call, group: _Group, at: tuple[Array, Array, Array], grads: Sequence[Array | None]) -> None:
-        """Add each sample's gradients; `at` holds states, cotangents and lam of all samples."""
+    def _add_gradients(self, call: Call, groups: Sequence[_Group], at: _Adjoint, grads: Sequence[Array | None]) -> None:
+        """Add the gradients of the samples of some groups."""
+        samples = sorted(sample for group in groups for sample in group.samples)
+        if len(samples) > 1:
+            grads = self._add_gradients_at_once(call, samples, at, grads)
         if all(grad is None for grad in grads):
             return
-        out, g, lam = at
-        for sample, values in zip(group.samples, group.values, strict=True):
-            self._equation.load(values, out[sample])
-            self._vjp.load(lam[sample])
-            rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
-            self._vjp.add_implicit(g[sample], rows)
+        for group in groups:
+            for sample, values in zip(group.samples, group.values, strict=True):
+                self._equation.load(values, at.out[sample])
+                self._vjp.load(at.lam[sample])
+                rows = [None if grad is None else grad[call.rows[k][sample]] for k, grad in enumerate(grads)]
+                self._vjp.add_implicit(at.g[sample], rows)
+
+    def _add_gradients_at_once(
+        self, call: Call, samples: Sequence[int], at: _Adjoint, grads: Sequence[Array | None]
+    ) -> Sequence[Array | None]:
+        """Add the gradients that are known for all samples together, and return those that are left."""
+        chosen = np.array(samples, dtype=np.intp)
+        rows = [own[chosen] for own in call.rows]
+        lam = at.lam if len(samples) == len(at.lam) else at.lam[chosen]
+        left = self._vjp.add_products(lam, rows, grads)
+        if all(grad is None for grad in left):
+            return left
+        added = self._kernels.add_implicit(Samples([at.out, *at.flat], [chosen, *rows]), at.g, lam, left)
+        return [None] * len(left) if added else left
 
     def _dead(self, out: Array) -> NDArray[np.bool_]:
         """Which samples failed. Collective where failures are masked."""
@@ -243,9 +284,11 @@ class Solve(BatchedOperator):
                 if grad is not None:
                     grad[call.rows[k][sample]] = np.nan
 
-    def _adjoint(self, call: Call, group: _Group, out: Array, g: Array) -> Array:
+    def _solve_adjoints(self, call: Call, group: _Group, at: _Adjoint, assemble: Assemble) -> Array:
         """lam of samples that share a Jacobian."""
-        lam, failed = self._equation.solve_adjoints(group.values[0], out[group.samples[0]], g[group.where], group.key)
+        lam, failed = self._equation.solve_adjoints(
+            group.values[0], at.out[group.samples[0]], at.g[group.where], group.key, assemble=assemble
+        )
         if failed:
             k, error = min(failed.items())
             raise SolveFailed(f"Solve: {_which(call, group.samples[k])}: adjoint: {error}.") from error
@@ -292,6 +335,15 @@ class Solve(BatchedOperator):
             at_out[sample] -= self._tangent.gradient(0)
             for k, grad in enumerate(grads):
                 grad[call.rows[k][sample]] -= self._tangent.gradient(1 + k)
+
+
+class _Adjoint(NamedTuple):
+    """What the gradients of a call are made of: the values of its inputs; and states, cotangents and lam of all samples."""
+
+    flat: Sequence[Array]
+    out: Array
+    g: Array
+    lam: Array
 
 
 class _Group(NamedTuple):

@@ -19,7 +19,19 @@ from fem_vi.pde import _compat
 from fem_vi.pde._compat_ffcx import Entities, IntegrationDomains, integral_codes
 from fem_vi.pde.c_compiler import load_library
 from fem_vi.pde.inputs import Array, ConstantInput, Input
-from fem_vi.pde.lane_job import NO_DOFS, CEntities, CField, CJob, ConstantSpace, Dofs, FieldSpace, Geometry, Rows, address
+from fem_vi.pde.lane_job import (
+    NO_DOFS,
+    CEntities,
+    CField,
+    CJob,
+    ConstantSpace,
+    Dofs,
+    FieldSpace,
+    Geometry,
+    Rows,
+    address,
+    field_space,
+)
 from fem_vi.pde.lane_source import Contents, Plan, source, source_key
 
 _ALIGNMENT = 64
@@ -78,7 +90,7 @@ class KernelMesh:
         self.num_threads = num_threads
         self._domains = IntegrationDomains(form)
         self._entities: dict[tuple[str, tuple[int, ...]], Entities] = {}
-        self._spaces: dict[int, FieldSpace] = {}
+        self._spaces: dict[int, tuple[Any, FieldSpace]] = {}
         self._scratch: dict[int, Array] = {}
         self.num_cells = len(_compat.geometry_dofmap(self.mesh))
         self.geometry = self._create_geometry()
@@ -95,8 +107,8 @@ class KernelMesh:
     def space(self, space: Any) -> FieldSpace:
         """A function space as kernels see it. Collective when it is first asked for."""
         if id(space) not in self._spaces:
-            self._spaces[id(space)] = FieldSpace(space)
-        return self._spaces[id(space)]
+            self._spaces[id(space)] = space, field_space(space)
+        return self._spaces[id(space)][1]
 
     def entities(self, kind: str, subdomains: tuple[int, ...]) -> Entities:
         """What an integral runs over. Not collective."""
@@ -117,7 +129,8 @@ class BatchForm:
 
     Args:
         form: UFL form, derivatives expanded.
-        blocks: What the blocks of the test function belong to: a Function's space, or a number for each entry of a Constant.
+        blocks: What the blocks of the test function belong to: a Function's space, or a number for each entry of a Constant. Or
+            the space that the entries of element tensors are added to, whatever the arguments of the form are.
         fixed: Functions and Constants of the form whose values do not change.
         mesh: What it shares with other forms.
         zeros: Local dofs, ghosts included, of Functions whose values there count as zero, whatever they are.
@@ -129,21 +142,22 @@ class BatchForm:
     """
 
     def __init__(
-        self, form: ufl.Form, blocks: Sequence[Input], fixed: Sequence[Input], mesh: KernelMesh, zeros: Mapping[Any, Dofs]
+        self,
+        form: ufl.Form,
+        blocks: Sequence[Input | FieldSpace],
+        fixed: Sequence[Input],
+        mesh: KernelMesh,
+        zeros: Mapping[Any, Dofs] | None = None,
     ) -> None:
         self._mesh = mesh
-        self._zeros = zeros
-        self._blocks = tuple(blocks)
+        self._zeros = zeros or {}
         self._fixed = {given.symbol: given for given in fixed}
         coefficients = form.coefficients()
         with raise_on_all(mesh.comm):
             _check_meshes(coefficients, mesh)
         spaces = [mesh.space(symbol.function_space) for symbol in coefficients]
         self._constants = list(form.constants())
-        self._out = [
-            ConstantSpace(given.size, mesh.num_cells) if isinstance(given, ConstantInput) else mesh.space(given.space)
-            for given in blocks
-        ]
+        self._out = [_out_space(given, mesh) for given in blocks]
         count = sum(int(np.prod(c.ufl_shape)) for c in self._constants)
         self._constant_space = ConstantSpace(count, mesh.num_cells)
         plan = Plan(
@@ -280,6 +294,13 @@ class BatchForm:
         ))  # fmt: skip
         self._library.fem_vi_run(jobs, ctypes.c_int64(num_threads))  # the interpreter's lock is free meanwhile
         return all(job.is_finite for job in jobs)
+
+
+def _out_space(given: Input | FieldSpace, mesh: KernelMesh) -> FieldSpace | ConstantSpace:
+    """What a block of the result is added to. Collective."""
+    if isinstance(given, FieldSpace):
+        return given
+    return ConstantSpace(given.size, mesh.num_cells) if isinstance(given, ConstantInput) else mesh.space(given.space)
 
 
 def _check_meshes(symbols: Sequence[fem.Function], mesh: KernelMesh) -> None:

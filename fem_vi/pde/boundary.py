@@ -57,17 +57,17 @@ class Source:
         """The adjoint of `values`: a cotangent of the state's owned dofs, summed on to the entries of the input.
 
         Args:
-            at_state: Owned entries of the state's cotangent.
+            at_state: Owned entries of the state's cotangent, `(*batch, n_owned)`.
             comm: Communicator of the mesh.
 
         Returns:
-            Owned entries for a Function; replicated and complete for a Constant.
+            `(*batch, size)`: owned entries for a Function; replicated and complete for a Constant.
 
         MPI: Collective for a Constant.
         """
-        owned = slice(0, self.num_owned)
-        local = np.zeros(self.input.size)
-        np.add.at(local, self.entries[owned], at_state[self.dofs[owned]])
+        dofs, entries = self.owned
+        local = np.zeros((*at_state.shape[:-1], self.input.size))
+        np.add.at(local.T, entries, at_state.T[dofs])
         return local if self.input.is_field else sum_over_ranks(comm, local)
 
 

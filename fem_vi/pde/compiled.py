@@ -54,10 +54,13 @@ class CompiledKernel:
             UnsupportedForm: Naming what this kernel cannot take.
             CompilerFailed: Where there is no C compiler.
         """
-        return _CompiledResidual(pde, self.num_threads or _threads_of_environment())
+        kernel = CompiledResidual(pde, self.num_threads or threads_of_environment())
+        kernel.compile_residual()
+        return kernel
 
 
-def _threads_of_environment() -> int:
+def threads_of_environment() -> int:
+    """The number in the environment variable OMP_NUM_THREADS, else one."""
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return max(1, int(given)) if given.isdecimal() else 1
 
@@ -77,7 +80,21 @@ def _check(pde: WeakForm) -> None:
             )
 
 
-class _CompiledResidual(BatchKernel):
+class CompiledResidual(BatchKernel):
+    """The kernel that `CompiledKernel` creates; each of its maps is compiled when it is first asked for.
+
+    Args:
+        pde: The weak form.
+        num_threads: Threads of each rank.
+
+    Raises:
+        UnsupportedForm: On every rank, here or where a map is first asked for, naming what has no translation.
+        CompilerFailed: Where there is no C compiler.
+
+    Attributes:
+        mesh: What its forms have in common.
+    """
+
     takes_columns = True
 
     def __init__(self, pde: WeakForm, num_threads: int) -> None:
@@ -85,13 +102,25 @@ class _CompiledResidual(BatchKernel):
         self._pde = pde
         self._given = [pde.unknown, *pde.inputs]
         self._lam = fem.Function(pde.space)
-        self._mesh = KernelMesh(pde.space.mesh, pde.form, num_threads)
-        self._residual = self._create(pde.form, [pde.unknown])
+        self.mesh = KernelMesh(pde.space.mesh, pde.form, num_threads)
         self._gradients: dict[tuple[int, ...], tuple[list[int], BatchForm | None]] = {}
 
     def _create(self, form: ufl.Form, blocks: Sequence[Any]) -> BatchForm | None:
         zeros = {self._lam: self._pde.boundary.dofs}
-        return None if form.empty() else BatchForm(form, blocks, self._pde.fixed, self._mesh, zeros)
+        return None if form.empty() else BatchForm(form, blocks, self._pde.fixed, self.mesh, zeros)
+
+    def compile_residual(self) -> None:
+        """Compile the residual now. Collective."""
+        self._residual  # noqa: B018 - cached
+
+    def compile_vjp(self, wanted: tuple[int, ...]) -> None:
+        """Compile the gradients for the state, number 0, and the inputs, from 1, that are wanted. Collective."""
+        if wanted not in self._gradients:
+            self._gradients[wanted] = self._gradient(self._scalar, wanted)
+
+    @cached_property
+    def _residual(self) -> BatchForm | None:
+        return self._create(self._pde.form, [self._pde.unknown])
 
     @cached_property
     def _tangent(self) -> Tangent:
@@ -128,10 +157,12 @@ class _CompiledResidual(BatchKernel):
 
     @cached_property
     def checks(self) -> frozenset[int]:
+        """See `BatchKernel.checks`."""
         form = self._residual
         return frozenset(k for k, given in enumerate(self._given) if form is not None and form.reads(given.symbol))
 
     def residual(self, at: Samples) -> tuple[Array, bool]:
+        """See `BatchKernel.residual`."""
         out = empty_like(at.values[0], (at.num, self._pde.unknown.size))
         if self._residual is None:
             out.fill(0.0)
@@ -139,12 +170,13 @@ class _CompiledResidual(BatchKernel):
         return out, self._residual.write_checked(at.num, self._values(at), [Values(out, np.arange(at.num))])
 
     def vjp(self, at: Samples, lam: Array, grads: Sequence[Array | None]) -> None:
+        """See `BatchKernel.vjp`."""
         wanted = tuple(k for k, grad in enumerate(grads) if grad is not None)
-        if wanted not in self._gradients:
-            self._gradients[wanted] = self._gradient(self._scalar, wanted)
+        self.compile_vjp(wanted)
         self._write(at, self._gradients[wanted], self._values(at, lam=lam), grads)
 
     def jvp(self, at: Samples, tangents: Sequence[Array]) -> Array:
+        """See `BatchKernel.jvp`."""
         out = empty_like(at.values[0], (at.num, self._pde.unknown.size))
         if self._jvp is None:
             out.fill(0.0)
@@ -153,6 +185,7 @@ class _CompiledResidual(BatchKernel):
         return out
 
     def curvature(self, at: Samples, lam: Array, tangents: Sequence[Array], grads: Sequence[Array]) -> None:
+        """See `BatchKernel.curvature`."""
         self._write(at, self._curvature, self._values(at, tangents, lam), grads)
 
     def _write(

@@ -42,14 +42,31 @@ def dof_transformations(space: Any) -> tuple[Transformation, Transformation] | N
     Args:
         space: DOLFINx function space.
     """
+    classes = _classes(space)
+    if classes is None:
+        return None
+    matrices, class_of = classes
+    return _stored([matrix.T for matrix in matrices], class_of), _stored(matrices, class_of)
+
+
+def element_matrix_transformation(space: Any) -> Transformation | None:
+    """T x T, for the entries of element matrices A, row by row, which leave as T A T^T; None where it is the identity."""
+    classes = _classes(space)
+    if classes is None:
+        return None
+    matrices, class_of = classes
+    return _stored([np.kron(matrix, matrix).astype(np.float64) for matrix in matrices], class_of)
+
+
+def _classes(space: Any) -> tuple[list[Array], NDArray[np.intp]] | None:
+    """T of each class of cells, and the class of each cell; None where all are the identity."""
     element = space.ufl_element()
     if transformation_matrix(element, 0) is None:
         return None
     topology = space.mesh.topology
     topology.create_entity_permutations()
     info, class_of = np.unique(topology.get_cell_permutation_info(), return_inverse=True)
-    matrices = [np.asarray(transformation_matrix(element, int(number))) for number in info]
-    return _stored([matrix.T for matrix in matrices], class_of), _stored(matrices, class_of)
+    return [np.asarray(transformation_matrix(element, int(number))) for number in info], class_of
 
 
 def _stored(matrices: list[Array], class_of: NDArray[np.intp]) -> Transformation:

@@ -19,7 +19,7 @@ from fem_vi.pde import _compat
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.dense_block import DenseBlock
 from fem_vi.pde.inputs import Array
-from fem_vi.pde.matrix import Matrix, MatrixForm
+from fem_vi.pde.matrix import Assemble, Matrix, MatrixForm, assemble_loaded
 from fem_vi.pde.petsc_options import Options
 
 RESIDUAL_BOUND = 1e-6
@@ -205,9 +205,9 @@ class Factor:
         """Factors that have solved one system solve any: those of LU, and those of Cholesky where the matrix is symmetric."""
         return self._direct and self._suits and self._sound
 
-    def rebuild(self) -> None:
-        """Assemble the matrix at what is loaded and factorise it. Collective."""
-        self.assembled.assemble()
+    def rebuild(self, assemble: Assemble = assemble_loaded) -> None:
+        """Assemble the matrix and factorise it. Collective."""
+        assemble(self.assembled)
         self.refresh()
 
     def probe(self) -> None:
@@ -361,17 +361,18 @@ class FactorPool:
         self._capacity = 1
         self.num_factorisations = 0
 
-    def get(self, key: Hashable) -> Factor:
-        """The factor of a key, built at what is loaded where it is not kept.
+    def get(self, key: Hashable, assemble: Assemble = assemble_loaded) -> Factor:
+        """The factor of a key, built where it is not kept.
 
         Args:
             key: Names the linearisation point; equal on all ranks. The state and inputs of that point are loaded.
+            assemble: What assembles the matrix.
 
         MPI: Collective.
         """
         factor = self._factors.get(key)
         if factor is None:
-            factor = self._build(key)
+            factor = self._build(key, assemble)
         else:
             self._factors.move_to_end(key)
         factor.released = False
@@ -388,10 +389,10 @@ class FactorPool:
             factor.released = True
             self._factors.move_to_end(key, last=False)
 
-    def _build(self, key: Hashable) -> Factor:
+    def _build(self, key: Hashable, assemble: Assemble) -> Factor:
         factor = self._vacant()
         self._spare = factor
-        factor.rebuild()
+        factor.rebuild(assemble)
         self._check(factor)
         self._factors[key], self._spare = factor, None
         self.num_factorisations += 1

@@ -58,5 +58,25 @@ class Halo:
                 owned[:, self._shared[rank]] += values
 
 
+class NoHalo:
+    """The halo of what one rank holds alone; see `Halo`.
+
+    Args:
+        num_owned: Entries that this rank owns.
+    """
+
+    num_ghosts = 0
+
+    def __init__(self, num_owned: int) -> None:
+        self.num_owned = num_owned
+
+    def forward(self, owned: Array) -> Array:
+        """No ghosts: `(num_rows, 0)`."""
+        return np.empty((len(owned), 0))
+
+    def reverse(self, ghosts: Array, owned: Array) -> None:
+        """Nothing comes from other ranks."""
+
+
 def _unrolled(blocks: Positions, bs: int) -> Positions:
     return (np.asarray(blocks, dtype=np.int64)[:, None] * bs + np.arange(bs)).ravel()

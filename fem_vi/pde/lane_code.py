@@ -17,7 +17,7 @@ import numpy as np
 from fem_vi.errors import UnsupportedForm
 from fem_vi.pde.lane_factors import without_invariants
 from fem_vi.pde.lane_rank import with_fewer_columns
-from fem_vi.pde.lane_tree import names, walk
+from fem_vi.pde.lane_tree import is_scope, names, walk
 
 _UNARY = {
     "sqrt": "sqrt", "cos": "cos", "sin": "sin", "tan": "tan", "acos": "acos", "asin": "asin", "atan": "atan", "cosh": "cosh",
@@ -28,6 +28,7 @@ _BESSEL = {"bessel_j": "jn", "bessel_y": "yn"}
 _CONDITIONS = (L.EQ, L.NE, L.LT, L.LE, L.GT, L.GE, L.And, L.Or, L.Not)
 _LARGEST_POWER = 8  # by products; the error of each is half a unit in the last place
 _LONGEST_UNROLLED = 10  # iterations: all dofs of P2 on tetrahedra
+_MOST_INNER = 64  # iterations of two loops, one inside the other: element matrices of trilinear functions
 _MOST_UNROLLED = 1200  # statements of all iterations that the C compiler is asked to unroll
 
 
@@ -72,6 +73,7 @@ class LaneFormatter:
         self._lanes = lane_symbols(self._tree, batched)
         self._tables: dict[str, np.ndarray[Any, Any]] = {}
         self._indices: dict[str, int] = {}  # of the loops that are being unrolled
+        self._num_repeated = 0  # statements that the C compiler adds where it unrolls loops
         self.functions: set[str] = set()
 
     def body(self) -> str:
@@ -87,7 +89,8 @@ class LaneFormatter:
 
     def _statement(self, s: Any) -> str:
         if isinstance(s, L.Section):
-            return "".join(self._statement(x) for x in (*s.declarations, *s.statements))
+            body = "".join(map(self._statement, s.statements))
+            return "".join(map(self._statement, s.declarations)) + (f"{{\n{body}}}\n" if is_scope(s) else body)
         if isinstance(s, L.StatementList):
             return "".join(self._statement(x) for x in s.statements)
         if isinstance(s, L.Comment):
@@ -119,13 +122,18 @@ class LaneFormatter:
             or begin is None
             or end is None
             or end - begin > _LONGEST_UNROLLED
+            or (end - begin) * self._num_inner(s.body) > _MOST_INNER
             or _declares(s.body)
         ):
             name = self._scalar(s.index)
             head = f"for (int {name} = {self._scalar(s.begin)}; {name} < {self._scalar(s.end)}; ++{name})"
+            others, self._num_repeated = self._num_repeated, 0
             body = self._statement(s.body)
             count = 0 if begin is None or end is None else int(end - begin)
-            pragma = f"#pragma GCC unroll {count}\n" if count > 1 and count * body.count(";") <= _MOST_UNROLLED else ""
+            size = body.count(";") + self._num_repeated
+            unrolled = count > 1 and count * size <= _MOST_UNROLLED
+            pragma = f"#pragma GCC unroll {count}\n" if unrolled else ""
+            self._num_repeated += others + (count - 1) * size * unrolled
             return f"{pragma}{head} {{\n{body}}}\n"
         parts = []
         for i in range(int(begin), int(end)):
@@ -133,6 +141,11 @@ class LaneFormatter:
             parts.append(self._statement(s.body))
         del self._indices[s.index.name]
         return "".join(parts)
+
+    def _num_inner(self, body: Any) -> float:
+        """Iterations of the longest loop inside a loop."""
+        loops = [below for below in walk(body) if isinstance(below, L.ForRange)]
+        return max(((self._known(loop.end) or 0) - (self._known(loop.begin) or 0) for loop in loops), default=1)
 
     def _known(self, node: Any) -> float | int | None:
         """The value of an expression, where it is the same for all cells and points."""
@@ -177,7 +190,7 @@ class LaneFormatter:
         if s.values is None:
             return f"{kind} {name}{dims};\n"
         values = np.asarray(s.values)
-        if name not in self._lanes:
+        if s.const and name not in self._lanes:
             kind = "int" if values.dtype.kind in "iub" else "double"
             self._tables[name] = values
             return f"static const {kind} {name}{dims} = {_initialiser(values)};\n"

@@ -17,7 +17,7 @@ from typing import Any
 
 import ffcx.codegeneration.lnodes as L
 
-from fem_vi.pde.lane_tree import flat, is_quadrature_loop, is_tensor, names, operands, product, text, walk
+from fem_vi.pde.lane_tree import as_section, flat, is_quadrature_loop, is_tensor, names, operands, product, text, walk
 
 
 def without_invariants(tree: Any, lanes: Set[str]) -> Any:
@@ -86,7 +86,7 @@ class _Loop:
                 after += there
             elif isinstance(node, L.Section) and any(map(_is_tensor_sum, walk(node))):
                 here, there = self._separate(L.StatementList(node.statements))
-                within += [*node.declarations, *here]
+                within += as_section(node, here)
                 after += there
             elif isinstance(node, L.ForRange) and any(map(_is_tensor_sum, walk(node))):
                 for kept, parts in zip((within, after), self._separate(node.body), strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fem_vi.pde.dof_transformations import Transformation, dof_transformations
-from fem_vi.pde.halo import Halo
+from fem_vi.pde.halo import Halo, NoHalo
 from fem_vi.pde.inputs import Array
 from fem_vi.pde.lane_source import Layout
 
@@ -75,26 +75,32 @@ def c_transform(given: Transformation | None) -> CTransform:
 
 
 class FieldSpace:
-    """A function space as kernels see it.
+    """A function space as kernels see it, or what looks like one to them.
 
     Args:
-        space: DOLFINx function space.
+        halo: Its ghosts.
+        dofmap: The dofs of each cell, `(num_cells, nodes)`.
+        bs: Block size of the dofmap.
+        transformations: See `dof_transformations`.
 
     Attributes:
         halo: Its ghosts.
         layout: How a cell's dofs lie in an element tensor.
-
-    MPI: Collective.
     """
 
-    def __init__(self, space: Any) -> None:
-        self.space = space
-        self.halo = Halo(space)
-        self._dofmap = np.ascontiguousarray(space.dofmap.list, dtype=np.int32)
-        self._transformations = dof_transformations(space)
-        self.layout = Layout(self._dofmap.shape[1], space.dofmap.bs, self._transformations is not None)
+    def __init__(
+        self,
+        halo: Halo | NoHalo,
+        dofmap: NDArray[np.int32],
+        bs: int,
+        transformations: tuple[Transformation, Transformation] | None,
+    ) -> None:
+        self.halo = halo
+        self._dofmap = np.ascontiguousarray(dofmap, dtype=np.int32)
+        self._transformations = transformations
+        self.layout = Layout(self._dofmap.shape[1], bs, transformations is not None)
         self._c_dofmap = address(self._dofmap)
-        self._c_transforms = [c_transform(given) for given in self._transformations or (None, None)]
+        self._c_transforms = [c_transform(given) for given in transformations or (None, None)]
 
     def coefficient(self, *, owned: Array, ghosts: Array | None, rows: Rows | None, zeros: Dofs = NO_DOFS) -> CField:
         """The structure for a coefficient that is read.
@@ -151,6 +157,11 @@ class FieldSpace:
             dofmap=self._c_dofmap,
             transform=self._c_transforms[is_result],
         )
+
+
+def field_space(space: Any) -> FieldSpace:
+    """A DOLFINx function space as kernels see it. Collective."""
+    return FieldSpace(Halo(space), space.dofmap.list, space.dofmap.bs, dof_transformations(space))
 
 
 class ConstantSpace:

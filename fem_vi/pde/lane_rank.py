@@ -21,7 +21,7 @@ import numpy as np
 import scipy.linalg
 
 from fem_vi.pde.inputs import Array
-from fem_vi.pde.lane_tree import children, flat, is_quadrature_loop, names, operands, product, text, walk
+from fem_vi.pde.lane_tree import as_section, children, flat, is_quadrature_loop, names, operands, product, text, walk
 
 _RANK_TOLERANCE = 1e-10
 _DENOMINATOR = 24  # entries of C are sought among multiples of 1 / 24
@@ -103,8 +103,7 @@ class _Points:
     def _body(self, body: Any) -> Iterator[Any]:
         for node in flat(body):
             if isinstance(node, L.Section):
-                yield from node.declarations
-                yield from self._body(L.StatementList(node.statements))
+                yield from as_section(node, list(self._body(L.StatementList(node.statements))))
             elif isinstance(node, L.ForRange) and isinstance(node.index, L.Symbol):
                 yield from self._loop(node)
             else:

@@ -30,6 +30,18 @@ def names(node: Any) -> set[str]:
     return {below.name for below in walk(node) if isinstance(below, L.Symbol)}
 
 
+def is_scope(section: Any) -> bool:
+    """Whether the statements of a section have arrays of their own, whose names other sections use too."""
+    return any(isinstance(below, L.ArrayDecl) for statement in section.statements for below in walk(statement))
+
+
+def as_section(section: Any, statements: list[Any]) -> list[Any]:
+    """What takes the place of a section when its statements become others."""
+    if is_scope(section):
+        return [L.Section(section.name, statements, section.declarations)]
+    return [*section.declarations, *statements]
+
+
 def flat(node: Any) -> Iterator[Any]:
     """Statements without lists of statements among them."""
     if isinstance(node, L.StatementList):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import ufl
@@ -36,6 +36,11 @@ class MatrixForm:
         return _SplitMatrix(self) if rows == columns == 1 else _InsertedMatrix(self)
 
 
+def create_pattern(form: fem.Form) -> la.MatrixCSR:
+    """The sparsity of a compiled 2-form on one rank, each entry by itself, with room for the entries."""
+    return fem.create_matrix(form, la.BlockMode.expanded)
+
+
 class Matrix:
     """A matrix that knows how to assemble itself.
 
@@ -49,13 +54,29 @@ class Matrix:
         """Assemble at what is loaded in the form's Functions and Constants. Collective."""
         raise NotImplementedError
 
+    def write(self, entries: Array) -> None:
+        """Take all entries, `(num_entries,)`, in the order of `create_pattern`, for those of the matrix. Not collective.
+
+        On one rank, for spaces of one block size; matrices on several ranks have their entries from each other.
+        """
+        raise NotImplementedError
+
+
+Assemble = Callable[[Matrix], None]
+"""Gives a matrix its entries."""
+
+
+def assemble_loaded(matrix: Matrix) -> None:
+    """Assemble a matrix at what is loaded. Collective."""
+    matrix.assemble()
+
 
 class _SharedMatrix(Matrix):
     """On one rank: DOLFINx assembles into the arrays that PETSc reads, which takes a third less time than PETSc's insertion."""
 
     def __init__(self, kind: MatrixForm) -> None:
         self._form, self._bcs = kind.form, kind.bcs
-        self._csr = fem.create_matrix(self._form, la.BlockMode.expanded)
+        self._csr = create_pattern(self._form)
         self._data: Array = self._csr.data
         spaces = self._form.function_spaces
         sizes = [int(V.dofmap.index_map.size_local * V.dofmap.index_map_bs) for V in spaces]
@@ -66,6 +87,10 @@ class _SharedMatrix(Matrix):
     def assemble(self) -> None:
         self._data.fill(0.0)
         fem.assemble_matrix(self._csr, self._form, bcs=self._bcs)
+        self.petsc.stateIncrease()
+
+    def write(self, entries: Array) -> None:
+        self._data[:] = entries
         self.petsc.stateIncrease()
 
 

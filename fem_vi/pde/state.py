@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from petsc4py import PETSc
@@ -15,12 +16,28 @@ from fem_vi.pde.coordinates import CoordinateInput
 from fem_vi.pde.coupling import InputMatrix, constant_matrices, without
 from fem_vi.pde.factors import WAY_OUT, Factor, FactorPool, lacks_workspace, petsc_words, reason_name
 from fem_vi.pde.inputs import Array, FunctionInput, Input
-from fem_vi.pde.matrix import Matrix
+from fem_vi.pde.matrix import Assemble, Matrix, assemble_loaded
 from fem_vi.pde.petsc_options import Option, Options
 from fem_vi.pde.solver_choice import choose_solver
 from fem_vi.pde.weak_form import WeakForm
 
 Failures = dict[int, SolveFailed]
+
+
+class Systems(NamedTuple):
+    """J w = b for some samples of a linear form, with states u = u_D + w.
+
+    Attributes:
+        lifting: u_D, `(num_samples, n_owned)`; None where no value but zero is prescribed.
+        right: b, likewise, zero where values are prescribed.
+    """
+
+    lifting: Array | None
+    right: Array
+
+    def of(self, samples: slice | list[int]) -> Systems:
+        """Those of some of the samples."""
+        return Systems(None if self.lifting is None else self.lifting[samples], self.right[samples])
 
 
 class StateEquation:
@@ -94,13 +111,16 @@ class StateEquation:
         if state is not None:
             self.pde.unknown.load(state)
 
-    def solve(self, values: Sequence[Array], key: Hashable, start: Array | None = None) -> Array:
+    def solve(
+        self, values: Sequence[Array], key: Hashable, start: Array | None = None, *, assemble: Assemble = assemble_loaded
+    ) -> Array:
         """Solve for the state.
 
         Args:
             values: Owned values of each input.
             key: Names the values of the inputs `jacobian_inputs`; equal on all ranks.
             start: Owned coefficients that SNES starts from, where not from the weak form's initial guess.
+            assemble: For a linear form: what assembles the Jacobian.
 
         Returns:
             Owned coefficients of the state, `(n_owned,)`.
@@ -111,53 +131,70 @@ class StateEquation:
         MPI: Collective.
         """
         self.load(values)
-        u = self._solver.solve(key, start)
+        u = self._solver.solve(key, start, assemble)
         self._options.warn_unused()
         return u
 
-    def solve_many(self, values: Sequence[Sequence[Array]], key: Hashable) -> tuple[Array, Failures]:
+    def solve_many(
+        self,
+        values: Sequence[Sequence[Array]],
+        key: Hashable,
+        *,
+        systems: Systems | None = None,
+        assemble: Assemble = assemble_loaded,
+    ) -> tuple[Array, Failures]:
         """Solve for the states of samples: those of a linear form share the Jacobian and are solved at once.
 
         Args:
             values: For each sample, the owned values of each input.
             key: As in `solve`.
+            systems: For a linear form: what is to be solved, where that is known.
+            assemble: For a linear form: what assembles the Jacobian.
 
         Returns:
             States, `(num_samples, n_owned)`, and what went wrong, by sample; the rows of those are of no use.
 
         MPI: Collective.
         """
-        if len(values) == 1 or not self.pde.is_linear:
-            return self._one_by_one(values, key)
-        lifting, b = self._systems(values)
+        if not self.pde.is_linear or (len(values) == 1 and systems is None):
+            return self._one_by_one(values, key, assemble)
+        if systems is None:
+            systems = self._systems(values)
+        else:
+            self.load(values[-1])
         try:
-            u, failures = self.factors.get(key).solve_many(b, transposed=False)
+            u, failures = self.factors.get(key, assemble).solve_many(systems.right, transposed=False)
         except SolveFailed as error:
-            return np.zeros_like(b), dict.fromkeys(range(len(values)), error)
+            return np.zeros_like(systems.right), dict.fromkeys(range(len(values)), error)
         self._options.warn_unused()
-        return (u if lifting is None else u + lifting), failures
+        return (u if systems.lifting is None else u + systems.lifting), failures
 
-    def _one_by_one(self, values: Sequence[Sequence[Array]], key: Hashable) -> tuple[Array, Failures]:
+    def _one_by_one(self, values: Sequence[Sequence[Array]], key: Hashable, assemble: Assemble) -> tuple[Array, Failures]:
         out, failures = np.empty((len(values), self.pde.unknown.size)), {}
         for number, sample in enumerate(values):
             try:
-                out[number] = self.solve(sample, key)
+                out[number] = self.solve(sample, key, assemble=assemble)
             except SolveFailed as error:
                 failures[number] = error
         return out, failures
 
-    def _systems(self, values: Sequence[Sequence[Array]]) -> tuple[Array | None, Array]:
-        """u_D and b of some samples, `(num_samples, n_owned)`, the last one being loaded; see `_LinearSolve.system`."""
+    @property
+    def assembles_systems(self) -> bool:
+        """Whether the form is linear, and what `solve` solves needs a 1-form for each sample."""
+        return isinstance(self._solver, _LinearSolve) and self._solver.assembles
+
+    def _systems(self, values: Sequence[Sequence[Array]]) -> Systems:
+        """What is to be solved for some samples, the last one being loaded."""
         assert isinstance(self._solver, _LinearSolve)
         self.load(values[-1])
         if self._solver.enters_by_matrices:
-            return None, self._solver.right_hand_sides(values)
+            return Systems(None, self._solver.right_hand_sides(values))
         pairs = []
         for sample in values:
             self.load(sample)
             pairs.append(self._solver.system())
         b = np.stack([b for _, b in pairs])
-        return (None if pairs[0][0] is None else np.stack([u for u, _ in pairs if u is not None])), b
+        return Systems(None if pairs[0][0] is None else np.stack([u for u, _ in pairs if u is not None]), b)
 
     def solve_linear(self, b: Array, key: Hashable) -> Array:
         """Solve J u = b at inputs, and a state, that are loaded; b is zero where values are prescribed.
@@ -204,7 +241,9 @@ class StateEquation:
         right[self.pde.boundary.owned] = 0.0
         return self.factors.get(key).solve(right, transposed=True)
 
-    def solve_adjoints(self, values: Sequence[Array], u: Array, g: Array, key: Hashable) -> tuple[Array, Failures]:
+    def solve_adjoints(
+        self, values: Sequence[Array], u: Array, g: Array, key: Hashable, *, assemble: Assemble = assemble_loaded
+    ) -> tuple[Array, Failures]:
         """`solve_adjoint` for several cotangents, `(num_samples, n_owned)`, of samples that share their Jacobian.
 
         Args:
@@ -212,19 +251,22 @@ class StateEquation:
             u: Owned coefficients of its state.
             g: Owned cotangents dL/du.
             key: As in `solve`.
+            assemble: What assembles a Jacobian that is no longer kept.
 
         Returns:
             lam, `(num_samples, n_owned)`, and what went wrong, by sample.
 
         MPI: Collective.
         """
-        self.load(values, u)
         try:
-            if len(g) == 1:
-                return self.solve_transposed(g[0], key)[None], {}
+            if not self.factors.keeps(key):
+                self.load(values, u)
+            factor = self.factors.get(key, assemble)
             right = g.copy()
             right[:, self.pde.boundary.owned] = 0.0
-            return self.factors.get(key).solve_many(right, transposed=True)
+            if len(g) == 1:
+                return factor.solve(right[0], transposed=True)[None], {}
+            return factor.solve_many(right, transposed=True)
         except SolveFailed as error:
             return g, dict.fromkeys(range(len(g)), error)
 
@@ -275,11 +317,12 @@ class _LinearSolve:
         self._form = VectorForm(pde.form) if self._lifted else create_vector_form(rest, pde.unknown.size)
         self._rest_is_fixed = not self._lifted and not pde.occurs_in(rest)
         self.enters_by_matrices = self._rest_is_fixed and bool(self._matrices)
+        self.assembles = self._lifted or not self._rest_is_fixed
         self._fixed_rest: Array | None = None
 
-    def solve(self, key: Hashable, start: Array | None) -> Array:
+    def solve(self, key: Hashable, start: Array | None, assemble: Assemble) -> Array:
         del start
-        factor = self._factors.get(key)
+        factor = self._factors.get(key, assemble)
         lifting, b = self.system()
         u = factor.solve(b, transposed=False)
         return u if lifting is None else u + lifting
@@ -335,8 +378,8 @@ class _NonlinearSolve:
         self._snes.setJacobian(_Jacobian(matrix, pde.unknown).evaluate, matrix.petsc)
         self._snes.setFromOptions()
 
-    def solve(self, key: Hashable, start: Array | None) -> Array:
-        del key
+    def solve(self, key: Hashable, start: Array | None, assemble: Assemble) -> Array:
+        del key, assemble
         guess = self._pde.initial_guess.copy()
         owned = guess[: self._x.getLocalSize()]
         if start is not None:
