@@ -469,7 +469,7 @@ def draw(exact: Reference, rows: list[Row], posteriors: dict[str, torch.nn.Modul
         mass = 100 * exact.mass(*np.array(row.band))
         axes["bands"].plot(k + np.linspace(-0.25, 0.25, len(mass)), np.sort(mass), ".", ms=4)
     axes["bands"].axhline(95, color="k", lw=0.8)
-    names = [row.name.replace(", ", ",\n") for row in judged]
+    names = [row.name.replace(", ", ",\n").replace(" by ", "\nby ") for row in judged]
     axes["bands"].set_xticks(range(len(names)), names, fontsize="small")
     axes["bands"].set(title="how much of the posterior the 95 % bands hold, block by block", ylabel="%")
     return figure
