@@ -88,6 +88,8 @@ class ReducedSolve:
         pde = residual.pde
         self.comm = pde.comm
         with raise_on_all(self.comm):
+            instance("ReducedSolve: theta", theta, Tensor)
+            instance("ReducedSolve: features", features, Callable)  # type: ignore[arg-type]
             rank = None if rank is None else whole("ReducedSolve: rank", rank, least=1)
             check_last_axis("ReducedSolve: states", states, pde.unknown.size, "the coefficients of a state that this rank owns.")
             if theta.ndim != 2 or len(theta) != len(states):
