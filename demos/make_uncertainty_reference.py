@@ -7,6 +7,7 @@ normal gives the evidence. No flow is used, so that flows can be judged by what 
     mpirun -n 4 python demos/make_uncertainty_reference.py hmc   # each writes its part of the file; ranks share the chains out
     mpirun -n 4 python demos/make_uncertainty_reference.py again
     mpirun -n 4 python demos/make_uncertainty_reference.py smc
+    python demos/make_uncertainty_reference.py plain             # HMC as it comes
     python demos/make_uncertainty_reference.py nuts              # needs pyro-ppl
 """
 
@@ -103,6 +104,13 @@ def by_hmc(
     }
 
 
+def plain(problem: fem_vi.InverseProblem, normal: fem_vi.FullRankNormal) -> dict[str, Any]:
+    """The sampler as it comes, without anything fitted before: what a user pays who asks for no more."""
+    samples = fem_vi.sample(problem, fem_vi.HMC())
+    band = torch.quantile(samples.m.flatten(0, 1), torch.tensor(BAND, dtype=torch.float64), dim=0)
+    return {"plain": {"kernel": "HMC()", "chains": 4, "draws": 1000, "warmup": 500, **of_chains(samples), "band": digits(band)}}
+
+
 def by_smc(problem: fem_vi.InverseProblem, normal: fem_vi.FullRankNormal) -> dict[str, Any]:
     """The evidence, with means that the chains must agree with."""
     kernel = fem_vi.HMC(most_rotations=12)
@@ -140,6 +148,7 @@ def by_nuts(problem: fem_vi.InverseProblem, normal: fem_vi.FullRankNormal) -> di
 PARTS: dict[str, Callable[[fem_vi.InverseProblem, fem_vi.FullRankNormal], dict[str, Any]]] = {
     "hmc": by_hmc,
     "again": again,
+    "plain": plain,
     "smc": by_smc,
     "nuts": by_nuts,
 }

@@ -27,6 +27,7 @@ from .bridge.piecewise import Blocks as Blocks
 from .bridge.piecewise import PiecewiseConstant as PiecewiseConstant
 from .bridge.piecewise import Tagged as Tagged
 from .bridge.precondition import PreconditionedResidual as PreconditionedResidual
+from .bridge.reduced_solve import ReducedSolve as ReducedSolve
 from .bridge.residual import Residual as Residual
 from .bridge.residual_file import export_residual as export_residual
 from .bridge.residual_file import load_residual as load_residual

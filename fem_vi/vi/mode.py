@@ -30,7 +30,7 @@ class Convergence:
     """How a search for the most probable parameters went.
 
     Attributes:
-        converged: Whether the last step was shorter than the tolerance.
+        converged: Whether the last step was shorter than the tolerance, or promised to gain less than is asked for.
         iterations: Newton steps.
         inner_iterations: Iterations of conjugate gradients in all steps together; 0 where the steps were direct.
         grad_norm: Norm of the gradient of phi at the end, in nats per whitened unit.
@@ -68,6 +68,7 @@ def find_mode(
     *,
     iterations: int,
     rtol: float,
+    gain: float = 0.0,
 ) -> tuple[Point, Convergence]:
     """Minimise phi from the prior mean.
 
@@ -78,6 +79,7 @@ def find_mode(
             gradient as a fraction of the first one.
         iterations: Most Newton steps.
         rtol: Stop where a step is shorter than this fraction of |xi| + 1.
+        gain: Stop where a step promises to gain fewer nats.
 
     Returns:
         The problem linearised at the last point, and how the search went.
@@ -99,6 +101,8 @@ def find_mode(
         state.gain = -0.5 * slope
         if size**0.5 <= rtol * (1.0 + length**0.5):
             return at, state.ended(iteration, f"the last step was shorter than rtol ({rtol:g})", converged=True)
+        if state.gain < gain:
+            return at, state.ended(iteration, f"the last step promised fewer nats than gain ({gain:g})", converged=True)
         if iteration == iterations:
             break
         trial = _line_search(problem, at, step, slope)

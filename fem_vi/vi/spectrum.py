@@ -3,6 +3,8 @@
 Wanted are the dominant eigenpairs of H = J'J. Each block of random vectors takes two passes: Y = J'(J Omega), whose orthonormal
 basis Q spans the dominant directions; then J Q, whose singular values and vectors give those of J on the span. The second pass
 needs no adjoint, and singular values of J Q keep twice the digits of eigenvalues of Q'HQ.
+
+A block costs three products for each of its vectors. Of few unknowns, J times each unit vector costs no more than two blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from fem_vi.vi.randomness import private_generator
 
 BLOCK = 16
 OVERSAMPLING = 8
+FEW = 6 * BLOCK  # unknowns that cost no more products than two blocks
 
 
 def dominant_directions(
@@ -26,7 +29,8 @@ def dominant_directions(
     """Right singular vectors of J times singular values, largest first: sqrt(lambda_i) v_i with J'J v_i = lambda_i v_i.
 
     Blocks of probes, each solved as one batch, are added until the smallest but 8 of the values found is below the threshold, or
-    the span holds all that J can have; in that case the answer is exact to rounding.
+    the span holds all that J can have; in that case the answer is exact to rounding. It is for up to 96 unknowns: no random
+    vectors are taken then.
 
     Args:
         prior: Knows how the unknowns are spread over ranks.
@@ -46,6 +50,9 @@ def dominant_directions(
     most = min(at.num_data, prior.num_global)
     goal = most if rank is None else min(rank + OVERSAMPLING, most)
     basis, images = torch.zeros(0, *prior.event_shape, dtype=torch.float64), torch.zeros(0, at.num_data, dtype=torch.float64)
+    if prior.num_global <= min(FEW, at.num_data, 3 * goal):
+        basis = prior.scatter(torch.eye(prior.num_global, dtype=torch.float64))
+        images = at.forward(basis)
     with private_generator(seed):
         while len(basis) < goal:
             block = min(max(BLOCK, len(basis)), goal - len(basis))

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from fem_vi.arguments import positive, whole
+from fem_vi.arguments import is_number, positive, whole
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.mode import Convergence, conjugate_gradients, direct_step, find_mode
 from fem_vi.vi.problem import InverseProblem, Problem
@@ -134,6 +134,8 @@ class NewtonCG:
         inner: Most iterations of conjugate gradients in a step.
         threshold: Leave out directions in which data add less than this fraction of the prior's precision.
         rank: Most directions; None for as many as the threshold asks for.
+        gain: Stop where a step promises to gain fewer nats of log p(y, m). The last tenth of a nat can cost more solves than all
+            before; for the start of a fit 0.5 is near enough.
 
     References:
         Bui-Thanh, Ghattas, Martin, Stadler (2013), A computational framework for infinite-dimensional Bayesian inverse
@@ -146,6 +148,7 @@ class NewtonCG:
     inner: int = 300
     threshold: float = 1e-3
     rank: int | None = None
+    gain: float = 0.0
 
     def __post_init__(self) -> None:
         whole("NewtonCG: iterations", self.iterations, least=1)
@@ -154,6 +157,8 @@ class NewtonCG:
         positive("NewtonCG: threshold", self.threshold)
         if self.rank is not None:
             whole("NewtonCG: rank", self.rank, least=1)
+        if not (is_number(self.gain) and self.gain >= 0):
+            raise InvalidInput(f"NewtonCG: gain is {self.gain!r:.80}; it must be a number of nats, not negative.")
 
     def __call__(self, problem: InverseProblem, posterior: nn.Module) -> Linearisation:
         """Set the parameters of `posterior`; see `GaussNewton`. Collective."""
@@ -168,7 +173,7 @@ class NewtonCG:
         def solve(problem: InverseProblem, at: GaussNewtonProducts, fraction: float) -> tuple[Tensor, int]:
             return conjugate_gradients(problem, at, fraction, most=self.inner)
 
-        at, search = find_mode(problem, GaussNewtonProducts, solve, iterations=self.iterations, rtol=self.rtol)
+        at, search = find_mode(problem, GaussNewtonProducts, solve, iterations=self.iterations, rtol=self.rtol, gain=self.gain)
         jacobian, neglected = dominant_directions(problem.prior, at, threshold=self.threshold, rank=self.rank)
         gram = problem.prior.all_sum(jacobian @ jacobian.T)
         return Linearisation(at.xi, jacobian, gram, at.log_likelihood, search, neglected)

@@ -74,6 +74,17 @@ def test_probes_stop_early_where_few_directions_matter():
     )
 
 
+def test_of_few_unknowns_a_product_each_tells_all():
+    A = numbers(1, 50, 20)
+    problem = InverseProblem(GaussianVector(torch.zeros(20)), lambda m: m @ A.T, GaussianNoise(1.0), numbers(3, 50))
+    at = GaussNewtonProducts(problem, torch.zeros(20, dtype=F64))
+    before = problem.cost.solves
+    rows, neglected = dominant_directions(problem.prior, at, threshold=1e-9)
+    assert problem.cost.solves - before == 20 + 1
+    assert neglected == 0.0
+    torch.testing.assert_close(rows.T @ rows, A.T @ A, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.mpi
 def test_products_are_those_of_the_jacobian():
     split, alone = split_pair()
@@ -163,6 +174,17 @@ def test_says_where_the_search_did_not_converge():
     assert "NOT FOUND" not in str(report)
 
 
+def test_stops_where_a_step_promises_less_than_is_asked_for():
+    y = torch.tensor([20.0], dtype=F64)
+    problem = InverseProblem(GaussianVector(torch.zeros(1)), lambda m: torch.exp(m), GaussianNoise(0.01), y)
+    exact = laplace(problem).report
+    report = laplace(problem, mode=NewtonCG(gain=10.0)).report
+    assert report.search.converged
+    assert report.search.reason == "the last step promised fewer nats than gain (10)"
+    assert report.search.iterations < exact.search.iterations
+    assert report.search.gain < 10.0
+
+
 def test_stops_where_no_step_gains():
     # A kink at the prior mean: the derivative promises a descent that is not there.
     class Kink(torch.autograd.Function):
@@ -211,6 +233,6 @@ def test_refusals():
             laplace(affine.problem(), **arguments)
     with pytest.raises(InvalidInput, match="problem is 'abc'"):
         laplace("abc")
-    for name, value in {"iterations": 0, "rtol": -1.0, "inner": 0, "threshold": 0.0, "rank": 0}.items():
+    for name, value in {"iterations": 0, "rtol": -1.0, "inner": 0, "threshold": 0.0, "rank": 0, "gain": -1.0}.items():
         with pytest.raises(InvalidInput, match=f"NewtonCG: {name} is"):
             NewtonCG(**{name: value})
