@@ -67,7 +67,7 @@ class Step:
 
     def __init__(self, model: PDDLVM) -> None:
         self.model = model
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)  # both kernels stay where they are
+        self.optimizer = fem_vi.Adam(1e-6)(model.parameters())  # both kernels stay where they are
 
     def __call__(self) -> Tensor:
         self.optimizer.zero_grad()

@@ -65,7 +65,7 @@ def _(q: Independent) -> AffineNoise | None:
         push=lambda eps: torch.addcmul(mu, sigma, eps),
         held=held,
         logdet=lambda: sigma.log().sum(-1),
-        draw=lambda: torch.empty_like(mu.detach()).normal_(),
+        draw=lambda: _white_as(mu),
     )
 
 
@@ -107,6 +107,13 @@ def _(q: LowRankPrecision) -> AffineNoise:
 
 def _times(matrix: Tensor, eps: Tensor) -> Tensor:
     return (matrix @ eps[..., None])[..., 0]
+
+
+def _white_as(mu: Tensor) -> Tensor:
+    """Noise in the shape of mu, and as it lies in memory."""
+    if mu.ndim == 2 and mu.T.is_contiguous():
+        return torch.randn(mu.T.shape, dtype=torch.float64).T
+    return torch.randn(mu.shape, dtype=torch.float64)
 
 
 def _white(q: Distribution, size: int) -> Tensor:
