@@ -90,8 +90,9 @@ class VirtualELBO:
         """
         if not isinstance(problem, VirtualData) or getattr(model, "problem", None) is not problem:
             raise InvalidInput("VirtualELBO is fitted to a model's own virtual data: fit(model.problem, model, VirtualELBO()).")
-        z = problem.prior.rsample(torch.Size([self.samples])).detach()
-        xi = model.whitened(z)
+        with torch.no_grad():
+            noise = problem.prior.white_noise(torch.Size([self.samples]))
+            z, xi = problem.prior.unwhiten(noise), problem.prior.gather(noise)
         path = isinstance(self.gradient, PathDerivative)
         if isinstance(self.states, OneDraw):
             (c, log_q), weights = draw_coordinates(model, xi, path=path), None
