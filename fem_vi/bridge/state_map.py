@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from fem_vi.arguments import positive
+from fem_vi.arguments import instance, positive
 from fem_vi.bridge.layout import all_sum, localise
 from fem_vi.bridge.linear import apply_linear
 from fem_vi.bridge.modes import combine
@@ -58,8 +58,11 @@ class _Map:
         self.comm = pde.comm
         n, owned = pde.unknown.size, torch.from_numpy(pde.boundary.owned.astype(np.int64))
         with raise_on_all(pde.comm):
+            instance("offset", offset, Tensor, type(None))
             if offset is not None and offset.shape != (n,):
                 raise InvalidInput(f"offset has shape {tuple(offset.shape)}; a field of the state has {n} owned entries here.")
+            if offset is not None and not bool(offset.isfinite().all()):
+                raise InvalidInput("offset contains values that are not finite.")
         free = torch.ones(n, dtype=torch.bool)
         free[owned] = False
         self._free = torch.nonzero(free).flatten()
@@ -124,8 +127,11 @@ class _ReducedMap(_Map):
         super().__init__(pde, given.offset)
         n = pde.unknown.size
         with raise_on_all(pde.comm):
-            if given.modes.ndim != 2 or given.modes.shape[1] != n:
+            instance("modes", given.modes, Tensor)
+            if given.modes.ndim != 2 or given.modes.shape[1] != n or len(given.modes) == 0:
                 raise InvalidInput(f"modes have shape {tuple(given.modes.shape)}; expected (num_modes, {n}), {n} owned entries.")
+            if not bool(given.modes.isfinite().all()):
+                raise InvalidInput("modes contain values that are not finite.")
         self._modes = torch.zeros(given.modes.shape, dtype=torch.float64)
         self._modes[:, self._free] = given.modes.to(torch.float64)[:, self._free]
         self.size, self.order = len(self._modes), ""
