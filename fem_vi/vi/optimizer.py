@@ -39,7 +39,7 @@ class Adam:
     def __call__(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """A torch optimiser of these parameters: one pass over each, where torch has that."""
         given = list(parameters)
-        # One pass reads parameters and moments as they lie in memory, and moments from a file lie row by row.
+        # One pass reads parameters, gradients and moments as they lie in memory, which must be in the same way: row by row.
         fused = all(x.is_contiguous() and x.device.type in ("cpu", "cuda") for x in given) and len(given) > 0
         return torch.optim.Adam(given, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
