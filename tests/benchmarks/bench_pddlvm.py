@@ -5,8 +5,8 @@
 -div(exp(m) grad u) = 1 on 64 x 64 squares of two triangles, P1, m with 16 modes, 64 samples a step: draws of z and of u,
 residuals, their gradients, the networks' backward pass, Adam. The floor is the same step with `AssembledKernel()`.
 The bar is 8, for a network over a reduced basis. One over all nodes cannot reach it: the products of its last layer and of the
-inverse network's first cost about 10 ms, and the residuals with their gradients 7, of a floor of 120. Nor can `Preconditioned`, for
-the solves with its reference Jacobian. Fields of modes, and coordinates of a `DiagonalHead`, lie with their samples side by side,
+inverse network's first cost about 10 ms, and the residuals with their gradients 7, of a floor of 120. Nor can
+`Preconditioned`, for the solves with its reference Jacobian. Fields of modes, and coordinates of a `DiagonalHead`, lie with their samples side by side,
 as lanes want them. CPU time, medians of rounds in turn.
 """
 
