@@ -6,8 +6,8 @@
 residuals, their gradients, the networks' backward pass, Adam. The floor is the same step with `AssembledKernel()`.
 The bar is 8, for a network over a reduced basis. One over all nodes cannot reach it: the products of its last layer and of the
 inverse network's first cost about 10 ms, and the residuals with their gradients 7, of a floor of 120. Nor can
-`Preconditioned`, for the solves with its reference Jacobian. Fields of modes, and coordinates of a `DiagonalHead`, lie with their samples side by side,
-as lanes want them. CPU time, medians of rounds in turn.
+`Preconditioned`, for the solves with its reference Jacobian. Fields of modes, and coordinates of a `DiagonalHead`, lie with their
+samples side by side, as lanes want them. CPU time, medians of rounds in turn.
 """
 
 from __future__ import annotations
