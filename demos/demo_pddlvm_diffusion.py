@@ -15,8 +15,8 @@
 #     mpirun -n 2 python demos/demo_pddlvm_diffusion.py   # runs too: each rank does all of it, on a mesh of its own
 #     python demos/demo_pddlvm_diffusion.py --full        # 10,000 steps: four minutes
 #
-# What that buys, in 240 s of CPU time: heads to 0.65 % in place of 2.3 %, eps 0.005 in place of 0.036, and with it 81 % of the
-# variance of the ground in place of 61 %. The bands of 95 % hold 93.5 % of the heads and 95.2 % of the coefficients.
+# What that buys, in 240 s of CPU time: heads to 0.65 % in place of 2.2 %, eps 0.005 in place of 0.034, and with it 81 % of the
+# variance of the ground in place of 57 %. The bands of 95 % hold 93.5 % of the heads and 95.2 % of the coefficients.
 
 import argparse
 import time

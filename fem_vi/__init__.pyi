@@ -165,6 +165,8 @@ from .vi.sensors import RandomSensors as RandomSensors
 from .vi.sensors import SensorData as SensorData
 from .vi.simulations import Simulations as Simulations
 from .vi.simulations import simulate as simulate
+from .vi.spherical_radial import OneDraw as OneDraw
+from .vi.spherical_radial import SphericalRadial as SphericalRadial
 from .vi.start import GaussNewton as GaussNewton
 from .vi.start import NewtonCG as NewtonCG
 from .vi.start import PresentParameters as PresentParameters

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from fem_vi.arguments import positive
+from fem_vi.arguments import instance, positive
 from fem_vi.bridge.layout import all_sum, localise
+from fem_vi.bridge.linear import apply_linear
 from fem_vi.bridge.modes import combine
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import all_values, raise_on_all
@@ -57,8 +58,11 @@ class _Map:
         self.comm = pde.comm
         n, owned = pde.unknown.size, torch.from_numpy(pde.boundary.owned.astype(np.int64))
         with raise_on_all(pde.comm):
+            instance("offset", offset, Tensor, type(None))
             if offset is not None and offset.shape != (n,):
                 raise InvalidInput(f"offset has shape {tuple(offset.shape)}; a field of the state has {n} owned entries here.")
+            if offset is not None and not bool(offset.isfinite().all()):
+                raise InvalidInput("offset contains values that are not finite.")
         free = torch.ones(n, dtype=torch.bool)
         free[owned] = False
         self._free = torch.nonzero(free).flatten()
@@ -92,9 +96,19 @@ class _NodalMap(_Map):
         self.log_volume = self.size * math.log(given.scale)
 
     def lift(self, c: Tensor, *inputs: Tensor) -> Tensor:
-        own = self._scale * localise(c, self.comm).index_select(-1, self._positions)
-        zero = own.new_zeros((*own.shape[:-1], len(self._base)))
-        return zero.index_copy(-1, self._free, own) + self._prescribed(inputs)
+        placed = apply_linear(self._place, self._pick, localise(c, self.comm))
+        return placed + self._prescribed(inputs)
+
+    def _place(self, c: Tensor) -> Tensor:
+        """Owned coefficients of coordinates `(*batch, size)`, zero where values are prescribed.
+
+        With one batch axis, whole rows of the transpose are copied, which is also what lanes want: see `combine`.
+        """
+        return self._scale * _moved(c, self._positions, self._free, len(self._base))
+
+    def _pick(self, g: Tensor) -> Tensor:
+        """The adjoint of `_place`."""
+        return self._scale * _moved(g, self._free, self._positions, self.size)
 
     def coordinates(self, u: Tensor) -> Tensor:
         own = (u - self._base).index_select(-1, self._free) / self._scale
@@ -113,8 +127,11 @@ class _ReducedMap(_Map):
         super().__init__(pde, given.offset)
         n = pde.unknown.size
         with raise_on_all(pde.comm):
-            if given.modes.ndim != 2 or given.modes.shape[1] != n:
+            instance("modes", given.modes, Tensor)
+            if given.modes.ndim != 2 or given.modes.shape[1] != n or len(given.modes) == 0:
                 raise InvalidInput(f"modes have shape {tuple(given.modes.shape)}; expected (num_modes, {n}), {n} owned entries.")
+            if not bool(given.modes.isfinite().all()):
+                raise InvalidInput("modes contain values that are not finite.")
         self._modes = torch.zeros(given.modes.shape, dtype=torch.float64)
         self._modes[:, self._free] = given.modes.to(torch.float64)[:, self._free]
         self.size, self.order = len(self._modes), ""
@@ -140,6 +157,13 @@ class _ReducedMap(_Map):
         if covariance is None:
             return (q.variance @ self._modes.square()).sqrt()
         return ((covariance @ self._modes) * self._modes).sum(-2).sqrt()
+
+
+def _moved(x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
+    """Entries of the last axis at `source`, put at `target` of an axis of `size` zeros."""
+    if x.ndim == 2:
+        return x.new_zeros((size, len(x))).index_copy_(0, target, x.T.index_select(0, source)).T
+    return x.new_zeros((*x.shape[:-1], size)).index_copy_(-1, target, x.index_select(-1, source))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ independent coordinates the variances are eps^2 / diag(A'A), and the mean is the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from fem_vi.arguments import instance
+from fem_vi.arguments import described, instance, whole
 from fem_vi.bridge.layout import OWNED, all_sum, check_last_axis
 from fem_vi.bridge.residual import Residual
 from fem_vi.bridge.square import square_norm
@@ -136,6 +136,7 @@ class PDDLVM(LivesOnMesh):
         with raise_on_all(pde.comm):
             instance("forward", forward, nn.Module)
             instance("inverse", inverse, nn.Module, type(None))
+            instance("inputs", inputs, Callable, type(None))  # type: ignore[arg-type]
             instance("state", state, Nodal, ReducedBasis)
             instance("eps", eps, FixedEps, AnnealedEps, LearnedEps)
             instance("measure", measure, Plain, Preconditioned, SolutionUnits)
@@ -173,8 +174,12 @@ class PDDLVM(LivesOnMesh):
         Returns:
             A distribution with `event_shape == (state.size,)`, replicated.
 
+        Raises:
+            InvalidInput: Where z has another shape, or is not finite.
+
         MPI: Collective.
         """
+        self._check("z", z, self.prior.event_shape[0], "as the prior has.")
         return self.forward_network(self.whitened(z))
 
     @torch.no_grad()
@@ -185,17 +190,17 @@ class PDDLVM(LivesOnMesh):
             z: `(*batch, n_owned)` in the prior's layout.
 
         Raises:
-            InvalidInput: Where z has another shape.
+            InvalidInput: Where z has another shape, or is not finite.
 
         MPI: Collective.
         """
-        with raise_on_all(self.pde.comm):
-            check_last_axis("z", z, self.prior.event_shape[0], "as the prior has.")
         q = self.coordinates_given(z)
         return FieldMoments(self.state.lift(q.mean, *self.inputs(z)), self.state.deviation(q))
 
     def sample(self, z: Tensor, samples: int) -> Tensor:
         """Draws of u given z, `(samples, *batch, n_owned)`, differentiable. Collective; torch's generators must agree."""
+        with raise_on_all(self.pde.comm):
+            whole("samples", samples, least=1)
         return self.state.lift(self.coordinates_given(z).rsample(torch.Size([samples])), *self.inputs(z))
 
     def invert(self, u: Tensor) -> Distribution:
@@ -208,22 +213,33 @@ class PDDLVM(LivesOnMesh):
             A distribution over xi with `event_shape == (num_z,)`, replicated: z is `prior.unwhiten(prior.scatter(xi))`.
 
         Raises:
-            InvalidInput: Where the model has no inverse network, or u another shape.
+            InvalidInput: Where the model has no inverse network, or u has another shape or is not finite.
 
         MPI: Collective.
         """
         if self.inverse_network is None:
             raise InvalidInput("invert: the model has no inverse network. Build it with PDDLVM(inverse=...).")
-        with raise_on_all(self.pde.comm):
-            check_last_axis("invert: u", u, self.pde.unknown.size, OWNED)
+        self._check("invert: u", u, self.pde.unknown.size, OWNED)
         return self.inverse_network(self.state.coordinates(u))
 
     # ## Their probabilities
 
     def inputs(self, z: Tensor) -> tuple[Tensor, ...]:
-        """The inputs of the weak form for z."""
+        """The inputs of the weak form for z.
+
+        Raises:
+            InvalidInput: Where the function that was given as `inputs` returns other than one tensor for each.
+
+        MPI: Collective where that function is.
+        """
         given = self._inputs(z)
-        return (given,) if isinstance(given, Tensor) else tuple(given)
+        several = (given,) if isinstance(given, Tensor) else given
+        with raise_on_all(self.pde.comm):
+            if not isinstance(several, Sequence) or not all(isinstance(x, Tensor) for x in several):
+                raise InvalidInput(f"inputs returned {described(given)}; it must return a tensor, or a tuple of tensors.")
+            if len(several) != len(self.pde.inputs):
+                raise InvalidInput(f"inputs returned {len(several)} tensors; the weak form has {len(self.pde.inputs)} inputs.")
+        return tuple(several)
 
     def log_virtual(self, u: Tensor, *inputs: Tensor) -> Tensor:
         """Log p(r = 0 | u, z) = log N(r(u, z); 0, eps^2 I), over the test functions where nothing is prescribed.
@@ -248,6 +264,13 @@ class PDDLVM(LivesOnMesh):
     def log_eps_prior(self) -> Tensor:
         """Log p(eps), up to a constant; zero unless eps is learned."""
         return self.noise.log_prior(self.num_residuals)
+
+    def _check(self, name: str, x: Tensor, size: int, meaning: str) -> None:
+        """Refuse another shape, or what is not finite; on all ranks. Collective."""
+        with raise_on_all(self.pde.comm):
+            check_last_axis(name, x, size, meaning)
+            if not bool(x.isfinite().all()):
+                raise InvalidInput(f"{name} contains values that are not finite.")
 
     def _count(self, r: Tensor, differentiated: bool) -> None:
         samples = r[..., 0].numel()

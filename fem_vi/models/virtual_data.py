@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from fem_vi.arguments import instance, whole
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.draws import frozen
 from fem_vi.vi.objective import PathDerivative, Terms, TotalDerivative
+from fem_vi.vi.posterior.affine_noise import AffineNoise, affine_noise
 from fem_vi.vi.prior import FieldPrior
 from fem_vi.vi.problem import Cost
+from fem_vi.vi.spherical_radial import OneDraw, SphericalRadial
 
 
 @dataclass
@@ -38,7 +41,7 @@ class VirtualData:
 
 @dataclass(frozen=True)
 class VirtualELBO:
-    """The bound on log p(r = 0), by draws of z from the prior and one of u for each.
+    """The bound on log p(r = 0), by draws of z from the prior, and of u for each.
 
         E_{p(z) q(u | z)} [ log p(r = 0 | u, z) + log p_b(z | u) - log q(u | z) ] + log p(eps)
 
@@ -47,8 +50,10 @@ class VirtualELBO:
 
     Attributes:
         samples: Draws of z, whose residuals are evaluated as one batch.
-        gradient: `PathDerivative()`, without noise where q is exact, evaluates the forward network a second time;
-            `TotalDerivative()` does not, and for normal q differs by that noise alone.
+        gradient: `PathDerivative()`, without noise where q is exact, or `TotalDerivative()`, the cheaper one, which for normal q
+            differs by that noise alone.
+        states: How u is drawn for each z: `OneDraw()`, or `SphericalRadial()` for a normal q of few coordinates, which leaves no
+            noise for a linear weak form, at the price of more residuals for each z.
 
     References:
         Vadeboncoeur, Akyildiz, Kazlauskaite, Girolami, Cirak (2023), Fully probabilistic deep models for forward and inverse
@@ -60,10 +65,12 @@ class VirtualELBO:
 
     samples: int = 64
     gradient: PathDerivative | TotalDerivative = PathDerivative()  # noqa: RUF009 - frozen
+    states: OneDraw | SphericalRadial = OneDraw()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         whole("VirtualELBO: samples", self.samples, least=1)
         instance("VirtualELBO: gradient", self.gradient, PathDerivative, TotalDerivative)
+        instance("VirtualELBO: states", self.states, OneDraw, SphericalRadial)
 
     def __call__(self, problem: VirtualData, model: Any) -> Terms:
         """Estimate the bound.
@@ -76,26 +83,40 @@ class VirtualELBO:
             The bound, its parts, and the loss, which is minus the bound.
 
         Raises:
-            InvalidInput: Where the model is no `PDDLVM`, or the problem that of another.
+            InvalidInput: Where the model is no `PDDLVM`, or the problem that of another; or its q(u | z) is not normal, and the
+                states are not `OneDraw()`.
 
         MPI: Collective.
         """
         if not isinstance(problem, VirtualData) or getattr(model, "problem", None) is not problem:
             raise InvalidInput("VirtualELBO is fitted to a model's own virtual data: fit(model.problem, model, VirtualELBO()).")
-        z = problem.prior.rsample(torch.Size([self.samples])).detach()
-        xi = model.whitened(z)
-        c, log_q = draw_coordinates(model, xi, path=isinstance(self.gradient, PathDerivative))
+        with torch.no_grad():
+            noise = problem.prior.white_noise(torch.Size([self.samples]))
+            z, xi = problem.prior.unwhiten(noise), problem.prior.gather(noise)
+        path = isinstance(self.gradient, PathDerivative)
+        if isinstance(self.states, OneDraw):
+            (c, log_q), weights = draw_coordinates(model, xi, path=path), None
+        else:
+            c, log_q, weights = _spread_coordinates(model, xi, self.states, path=path)
         inputs = model.inputs(z)
         log_r = model.log_virtual(model.state.lift(c, *inputs), *inputs)
         log_inverse = torch.zeros((), dtype=torch.float64)
         if model.inverse_network is not None:
             log_inverse = model.inverse_network(c).log_prob(xi)
         log_ratio = log_q - log_inverse
-        bound = (log_r - log_ratio).mean() + model.log_eps_prior()
+        bound = _mean(log_r - log_ratio, weights) + model.log_eps_prior()
         if torch.is_grad_enabled():
             model.noise.advance()
         log_r, log_ratio = log_r.detach(), log_ratio.detach()
-        return Terms(-bound, (log_r - log_ratio).mean(), log_ratio.mean(), log_r, log_ratio)
+        elbo, kl = _mean(log_r - log_ratio, weights), _mean(log_ratio, weights)
+        if weights is not None:
+            weights = (weights[:, None] / self.samples).expand(log_r.shape).flatten()
+        return Terms(-bound, elbo, kl, log_r.flatten(), log_ratio.flatten(), weights)
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Over draws of z, `(samples,)`, and over weighted points before them, `(points, samples)`."""
+    return values.mean() if weights is None else (weights @ values).mean()
 
 
 def draw_coordinates(model: Any, xi: Tensor, *, path: bool) -> tuple[Tensor, Tensor]:
@@ -110,6 +131,33 @@ def draw_coordinates(model: Any, xi: Tensor, *, path: bool) -> tuple[Tensor, Ten
         `(*batch, size)` and `(*batch,)`, replicated.
     """
     q = model.forward_network(xi)
+    noise = affine_noise(q)
+    if noise is not None:
+        return _pushed(model, xi, q, noise, noise.draw(), path=path)
     c = q.rsample()
     weigh = frozen(model.forward_network, xi) if path else q
     return c, weigh.log_prob(c) - model.state.log_volume
+
+
+def _spread_coordinates(model: Any, xi: Tensor, states: SphericalRadial, *, path: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Points `(points, samples, size)` for each whitened z, log q(u | z) there, and what they weigh, `(points,)`."""
+    q = model.forward_network(xi)
+    noise = affine_noise(q)
+    if noise is None:
+        raise InvalidInput(
+            f"VirtualELBO: the forward network returned {type(q).__name__}, and SphericalRadial() is for normal distributions. "
+            "Give it one of the heads for these, such as DiagonalHead or FullHead, or VirtualELBO states=OneDraw()."
+        )
+    points, weights = states.draw(noise.size)
+    c, log_q = _pushed(model, xi, q, noise, points[:, None], path=path)
+    return c, log_q, weights
+
+
+def _pushed(model: Any, xi: Tensor, q: Distribution, noise: AffineNoise, eps: Tensor, *, path: bool) -> tuple[Tensor, Tensor]:
+    """What becomes of noise, and log q(u | z) there."""
+    c = noise.push(eps)
+    if not path:
+        log_q = noise.log_prob(q, eps, c)
+    else:  # parameters are held, z is not: where it is differentiated, the network is asked again
+        log_q = (frozen(model.forward_network, xi) if xi.requires_grad else noise.held()).log_prob(c)
+    return c, log_q - model.state.log_volume

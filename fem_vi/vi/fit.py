@@ -119,6 +119,8 @@ def fit(
     comm = problem.prior.comm
     with raise_on_all(comm):
         instance("posterior", posterior, nn.Module)
+        if not any(value.requires_grad for value in posterior.parameters()):
+            raise InvalidInput(f"posterior: {type(posterior).__name__} has no parameter that requires a gradient. Is it frozen?")
         instance("objective", objective, Callable)  # type: ignore[arg-type]
         instance("path", path, str, PathLike, NoneType)
         instance("resume", resume, bool)

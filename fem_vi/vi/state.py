@@ -77,7 +77,8 @@ def scatter_optimizer(
             if owner != name:
                 continue
             field = is_field(posterior, name) and value.ndim > 0 and value.shape[:-1] == parameter.shape[:-1]
-            values[key] = prior.scatter(value) if field else value
+            # A fused step reads what it is given as it lies in memory; a part of a field may come in another order of axes.
+            values[key] = (prior.scatter(value) if field else value).contiguous()
         if values:
             state["state"][index] = values
     optimizer.load_state_dict(state)

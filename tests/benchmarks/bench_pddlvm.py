@@ -4,9 +4,10 @@
 
 -div(exp(m) grad u) = 1 on 64 x 64 squares of two triangles, P1, m with 16 modes, 64 samples a step: draws of z and of u,
 residuals, their gradients, the networks' backward pass, Adam. The floor is the same step with `AssembledKernel()`.
-The bar is 8, for a network over a reduced basis; one over all nodes spends more in its last layer than residuals cost by now,
-and so does the reference Jacobian of `Preconditioned`. Fields of modes lie with their samples side by side, as lanes want them;
-copies of them by row are about 1 % of the floor. CPU time, medians of rounds in turn.
+The bar is 8, for a network over a reduced basis. One over all nodes cannot reach it: the products of its last layer and of the
+inverse network's first cost about 10 ms, and the residuals with their gradients 7, of a floor of 120. Nor can
+`Preconditioned`, for the solves with its reference Jacobian. Fields of modes, and coordinates of a `DiagonalHead`, lie with their
+samples side by side, as lanes want them. CPU time, medians of rounds in turn.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Step:
 
     def __init__(self, model: PDDLVM) -> None:
         self.model = model
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)  # both kernels stay where they are
+        self.optimizer = fem_vi.Adam(1e-6)(model.parameters())  # both kernels stay where they are
 
     def __call__(self) -> Tensor:
         self.optimizer.zero_grad()

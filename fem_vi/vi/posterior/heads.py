@@ -65,11 +65,19 @@ class Head(nn.Module):
 
     def raw(self, features: Tensor) -> Tensor:
         """The numbers that describe the distributions, `(*batch, num_raw)`."""
+        self.check(features)
+        return self.linear(features)
+
+    def check(self, features: Tensor) -> None:
+        """Refuse features whose last axis is another.
+
+        Raises:
+            InvalidInput: Naming their shape.
+        """
         if features.ndim == 0 or features.shape[-1] != self.num_features:
             raise InvalidInput(
                 f"{type(self).__name__}: features have shape {tuple(features.shape)}; the last axis must be {self.num_features}."
             )
-        return self.linear(features)
 
     def at(self, raw: Tensor) -> Distribution:
         """The distribution that raw numbers describe."""
@@ -95,9 +103,23 @@ class DiagonalHead(Head):
     def __init__(self, num_features: int, size: int, *, std: float = 1.0) -> None:
         super().__init__(num_features, size, 2 * size, std=std)
 
+    def raw(self, features: Tensor) -> Tensor:
+        """The numbers that describe the distributions, `(*batch, 2 size)`.
+
+        With one batch axis they are the transpose of what lies in memory, and so is all that is made of them, draws included: the
+        samples of each entry follow each other, as kernels want the coefficients of fields.
+        """
+        self.check(features)
+        if features.ndim != 2:
+            return self.linear(features)
+        return torch.addmm(self.linear.bias[:, None], self.linear.weight, features.T).T
+
     def at(self, raw: Tensor) -> Distribution:
         """The distribution that raw numbers describe."""
-        mu, log_sigma = raw.split(self.size, dim=-1)
+        if raw.ndim == 2:  # the gradients of both halves then come together as they lie
+            mu, log_sigma = (half.T for half in raw.T.split(self.size))
+        else:
+            mu, log_sigma = raw.split(self.size, dim=-1)
         return Independent(Normal(mu, (self.log_std + log_sigma).exp(), validate_args=False), 1, validate_args=False)
 
 

@@ -63,8 +63,11 @@ class LowRankPrecision(Distribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # type: ignore[override] # noqa: B008
         """Draws, `(*sample_shape, *batch, n)`."""
-        eps = torch.randn(self._extended_shape(sample_shape), dtype=self.mu.dtype)
-        w = (self.U @ eps[..., None]).expand(*eps.shape[:-1], -1, -1)
+        return self.push(torch.randn(self._extended_shape(sample_shape), dtype=self.mu.dtype))
+
+    def push(self, eps: Tensor) -> Tensor:
+        """What becomes of white noise, mu + S eps, `(*sample_shape, *batch, n)`."""
+        w = self.U @ eps[..., None]
         w = torch.linalg.solve_triangular(self._inner, w, upper=False)
         w = torch.linalg.solve_triangular(self._cholesky.mT, w, upper=True)
         return self.mu + (-0.5 * self.log_precision).exp() * (eps - (self.U.mT @ w)[..., 0])
