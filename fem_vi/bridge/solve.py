@@ -35,10 +35,12 @@ from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import Samples
 from fem_vi.pde.matrix import Assemble
 from fem_vi.pde.petsc_options import Option, check_options
-from fem_vi.pde.sample_kernels import Jacobians, LoadedJacobians, SampleKernels
+from fem_vi.pde.sample_kernels import FEW, Jacobians, LoadedJacobians, SampleKernels
 from fem_vi.pde.state import StateEquation
 from fem_vi.pde.tangent import ResidualTangent
 from fem_vi.pde.weak_form import WeakForm, check_weak_form
+
+_LOADED = LoadedJacobians()
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,8 @@ class Solve(BatchedOperator):
 
     def _jacobians(self, call: Call, flat: Sequence[Array], groups: Sequence[_Group], states: Array | None = None) -> Jacobians:
         """The Jacobians of some groups, each that of its first sample; arguments as for `_groups`."""
-        if not self.pde.is_linear and states is None:
-            return LoadedJacobians()
+        if len(groups) <= FEW or (not self.pde.is_linear and states is None):
+            return _LOADED
         first = np.array([group.samples[0] for group in groups], dtype=np.intp)
         own = None if self.pde.is_linear or states is None else states[first]
         return self._kernels.jacobians(len(groups), flat, [rows[first] for rows in call.rows], own)
@@ -240,8 +242,8 @@ class Solve(BatchedOperator):
 
     def _add_gradients(self, call: Call, groups: Sequence[_Group], at: _Adjoint, grads: Sequence[Array | None]) -> None:
         """Add the gradients of the samples of some groups."""
-        samples = sorted(sample for group in groups for sample in group.samples)
-        if len(samples) > 1:
+        if call.num_samples > 1:
+            samples = sorted(sample for group in groups for sample in group.samples)
             grads = self._add_gradients_at_once(call, samples, at, grads)
         if all(grad is None for grad in grads):
             return
