@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fem_vi.arguments import instance, whole
+from fem_vi.arguments import described, instance, whole
 from fem_vi.bridge.layout import all_sum, check_last_axis
 from fem_vi.bridge.residual import Residual
 from fem_vi.bridge.state_map import ReducedBasis
-from fem_vi.errors import InvalidInput, UnsupportedForm
+from fem_vi.errors import InvalidInput, SolveFailed, UnsupportedForm
 from fem_vi.parallel import raise_on_all
 
 Factor = tuple[Tensor, ...]
@@ -57,11 +57,12 @@ class ReducedSolve:
         `solve(theta)`: `(*batch, num_parameters)`, replicated, to field tensors `(*batch, n_owned)`.
 
     Raises:
-        InvalidInput: Where shapes do not fit, states do not differ, features cannot be told apart, or the residual is not affine
-            in the state and the features.
+        InvalidInput: Where shapes do not fit, values are not finite, states do not differ, features cannot be told apart, or the
+            residual is not affine in the state and the features.
         UnsupportedForm: Where prescribed values are inputs.
+        SolveFailed: In a call, where the reduced system is singular.
 
-    MPI: Collective when built; a call is not, its backward is.
+    MPI: Collective, forward and backward.
 
     References:
         Cui, Marzouk, Willcox (2015), Data-driven model reduction for the Bayesian solution of inverse problems.
@@ -89,14 +90,12 @@ class ReducedSolve:
         self.comm = pde.comm
         with raise_on_all(self.comm):
             instance("ReducedSolve: theta", theta, Tensor)
+            instance("ReducedSolve: inputs", inputs, Callable)  # type: ignore[arg-type]
             instance("ReducedSolve: features", features, Callable)  # type: ignore[arg-type]
             rank = None if rank is None else whole("ReducedSolve: rank", rank, least=1)
             check_last_axis("ReducedSolve: states", states, pde.unknown.size, "the coefficients of a state that this rank owns.")
-            if theta.ndim != 2 or len(theta) != len(states):
-                raise InvalidInput(
-                    f"ReducedSolve: theta has shape {tuple(theta.shape)}; it must be ({len(states)}, num_parameters), a row for "
-                    "each of the states."
-                )
+            states, theta = states.to(torch.float64), theta.to(torch.float64)
+            _check_given(states, theta)
             if pde.boundary.sources:
                 raise UnsupportedForm(
                     "ReducedSolve: a Dirichlet condition takes its values from an input, and all states must have the same ones. "
@@ -114,7 +113,7 @@ class ReducedSolve:
             products = all_sum(r @ modes.T, self.comm)
             return torch.cat([products[:1], products[1:] - products[:1]])
 
-        points = _points(theta, features(theta[0]).shape[-1])
+        points = _points(theta, self._table(theta[0]).shape[-1] - 1)
         table, images = self._table(points), torch.stack([system(at) for at in points])
         if int(torch.linalg.matrix_rank(table)) < table.shape[1]:
             raise InvalidInput(
@@ -123,6 +122,9 @@ class ReducedSolve:
             )
         parts = torch.linalg.lstsq(table, images.reshape(len(points), -1)).solution
         parts = parts.reshape(-1, 1 + self.rank, self.rank)
+        for one in (parts[:, :1], parts[:, 1:]):  # b and A; rounding errors would stand for them where all features are small
+            sizes = one.flatten(1).norm(dim=1) * table.abs().amax(0)
+            one[sizes <= NEGLIGIBLE * sizes.max()] = 0.0
         self._check_affine(residual, inputs, (mean, modes), parts, theta)
         self._load, self._matrices = parts[:, 0].contiguous(), parts[:, 1:].contiguous()
         self._products = self._matrices.movedim(1, 0).contiguous()
@@ -132,18 +134,31 @@ class ReducedSolve:
         """States; see the class.
 
         Raises:
-            InvalidInput: Where the last axis of theta is another.
+            InvalidInput: Where the last axis of theta is another, or theta is not finite.
+            SolveFailed: Where the reduced system is singular, or has no finite solution.
         """
         with raise_on_all(self.comm):
             check_last_axis("ReducedSolve: theta", theta, self.num_parameters, "those that the states belong to.")
+            theta = theta.to(torch.float64)
+            _check_finite("theta", theta)
         weights = self._table(theta)
         with torch.no_grad():
             factor = _factorised(torch.einsum("...k,kij->...ji", weights, self._matrices), self._is_symmetric)
-        return self._map.lift(_Solved.apply(weights, -(weights @ self._load), self._products, False, *factor))
+        c = _Solved.apply(weights, -(weights @ self._load), self._products, False, *factor)
+        if not bool(c.isfinite().all()):
+            wrong = torch.nonzero(~c.isfinite().all(-1).flatten()).flatten().tolist()
+            raise SolveFailed(f"ReducedSolve: the reduced system is singular, or not finite, for samples {wrong[:10]}.")
+        return self._map.lift(c)
 
     def _table(self, theta: Tensor) -> Tensor:
         """A one, and the features, `(*batch, 1 + num_features)`."""
         values = self._features(theta)
+        fits = isinstance(values, Tensor) and values.ndim == theta.ndim and values.shape[:-1] == theta.shape[:-1]
+        if not fits or values.dtype is not torch.float64:
+            raise InvalidInput(
+                f"ReducedSolve: features of a tensor {tuple(theta.shape)} are {_shape(values)}; they must be a float64 "
+                "tensor with the same batch axes and one more."
+            )
         return torch.cat([torch.ones_like(values[..., :1]), values], dim=-1)
 
     def _check_affine(self, residual: Residual, inputs: Any, span: tuple[Tensor, Tensor], parts: Tensor, theta: Tensor) -> None:
@@ -191,13 +206,37 @@ class _Solved(torch.autograd.Function):
         return -(images @ left[..., None])[..., 0], lam, None, None, *(None for _ in factor)
 
 
+def _check_given(states: Tensor, theta: Tensor) -> None:
+    """Refuse states and parameters that do not fit together. Not collective."""
+    if states.ndim != 2 or len(states) == 0:
+        raise InvalidInput(
+            f"ReducedSolve: states have shape {tuple(states.shape)}; it must be (num_states, n_owned), one or more."
+        )
+    if theta.ndim != 2 or len(theta) != len(states):
+        raise InvalidInput(
+            f"ReducedSolve: theta has shape {tuple(theta.shape)}; it must be ({len(states)}, num_parameters), a row for each of "
+            "the states."
+        )
+    for name, values in (("states", states), ("theta", theta)):
+        _check_finite(name, values)
+
+
+def _shape(values: object) -> str:
+    return f"{values.dtype}, {tuple(values.shape)}" if isinstance(values, Tensor) else described(values)
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise InvalidInput(f"ReducedSolve: {name} contains values that are not finite.")
+
+
 def _factorised(A: Tensor, is_symmetric: bool) -> Factor:
     """Cholesky's factor where there is one, else those of Gauss."""
     if is_symmetric:
         lower, failed = torch.linalg.cholesky_ex(A)
         if not bool(failed.any()):
             return (lower,)
-    factors, pivots = torch.linalg.lu_factor(A)
+    factors, pivots, _ = torch.linalg.lu_factor_ex(A)  # solutions tell of those that are singular
     return factors, pivots
 
 

@@ -14,7 +14,7 @@ import ufl
 from petsc4py import PETSc
 
 from fem_vi.errors import InvalidInput, SolveFailed
-from fem_vi.parallel import any_rank, max_over_ranks
+from fem_vi.parallel import any_rank, any_rank_each, max_over_ranks
 from fem_vi.pde import _compat
 from fem_vi.pde.boundary import Boundary
 from fem_vi.pde.dense_block import DenseBlock
@@ -170,6 +170,7 @@ class Factor:
             self._block = DenseBlock(self.matrix, len(rows))
         block = self._block
         block.set_right(rows)
+        failures = self._not_finite(block, first)
         solve = self.ksp.matSolveTranspose if transposed and not self._symmetric else self.ksp.matSolve
         try:
             solve(block.b, block.x)
@@ -177,7 +178,13 @@ class Factor:
             self._sound = False
             failed = SolveFailed(f"PETSc failed inside KSP: {petsc_words(error)}")
             return block.left, dict.fromkeys(range(first, first + len(rows)), failed)
-        return block.left, self._doubts(block, first, transposed)
+        return block.left, failures | self._doubts(block, first, transposed)
+
+    def _not_finite(self, block: DenseBlock, first: int) -> dict[int, SolveFailed]:
+        """Right-hand sides of a block that are not finite, which zeros take the place of. Collective."""
+        wrong = any_rank_each(self.matrix.comm.tompi4py(), np.any(~np.isfinite(block.right), axis=1))
+        block.right[wrong] = 0.0
+        return {first + int(k): SolveFailed("the right-hand side is not finite") for k in np.flatnonzero(wrong)}
 
     def _doubts(self, block: DenseBlock, first: int, transposed: bool) -> dict[int, SolveFailed]:
         """Check a random combination of the systems of a block and, where that is wrong, each of them."""

@@ -73,6 +73,31 @@ def test_singular_jacobian(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_right_hand_sides_that_are_not_finite(batch: int) -> None:
+    """The logarithm of a negative source, and a cotangent that is not a number, also where samples are solved at once."""
+    V = fem.functionspace(square(COMM), ("Lagrange", 1))
+    u, f, v = fem.Function(V), fem.Function(V), ufl.TestFunction(V)
+    F = ufl.inner(ufl.grad(u), ufl.grad(v)) * ufl.dx - ufl.ln(f) * v * ufl.dx
+    pde = fem_vi.WeakForm(F, state=u, inputs=[f], bcs=[fem.dirichletbc(0.0, boundary_dofs(V, everywhere), V)])
+    good = 2.0 + torch.stack([interpolated(V, 0.5, float(k)) for k in range(batch)])
+    bad = good.clone()
+    bad[-1] *= -1.0
+    with pytest.raises(fem_vi.SolveFailed, match=f"sample {batch - 1} of {batch}: the right-hand side is not finite"):
+        fem_vi.Solve(pde)(bad)
+    with pytest.warns(UserWarning, match=rf"1 of {batch} samples failed and are NaN: \[{batch - 1}\]"):
+        masked = fem_vi.Solve(pde, failed=fem_vi.MaskFailed())(bad)
+    solve = fem_vi.Solve(pde)
+    expected = solve(good)
+    assert torch.allclose(masked[:-1], expected[:-1], rtol=1e-12, atol=0.0)
+    x = good.requires_grad_()
+    g = torch.ones_like(expected)
+    g[-1] = torch.nan
+    with pytest.raises(fem_vi.SolveFailed, match="adjoint: the right-hand side is not finite"):
+        torch.autograd.grad(solve(x), x, g)
+
+
+@pytest.mark.mpi
 def test_a_sample_fails_in_the_middle_of_a_batch() -> None:
     pde, V = diffusion()
     solve = fem_vi.Solve(pde)

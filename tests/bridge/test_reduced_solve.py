@@ -15,7 +15,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 import fem_vi
-from fem_vi.errors import InvalidInput, UnsupportedForm
+from fem_vi.errors import InvalidInput, SolveFailed, UnsupportedForm
 
 COMM = MPI.COMM_WORLD
 F64 = torch.float64
@@ -141,6 +141,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "other parameters": ({"theta": parameters(0, 3)}, r"theta has shape \(3, 4\)"),
     "no modes": ({"rank": 0}, "rank"),
+    "parameters that are not finite": ({"theta": parameters(0, 16) * torch.inf}, "theta contains values that are not finite"),
+    "one feature, not a row of them": ({"features": lambda theta: theta.exp().sum(-1)}, "with the same batch axes and one more"),
 }
 
 
@@ -161,6 +163,25 @@ def test_states_that_are_the_same_or_not_linear_are_refused() -> None:
         Plate(COMM, reaction).reduced()
     with pytest.raises(InvalidInput, match="its last axis must have 4"):
         plate.reduced()(torch.zeros(3, dtype=F64))
+
+
+@pytest.mark.mpi
+def test_calls_without_a_solution_are_refused() -> None:
+    """Where exp(theta) is zero or infinite there is no state, and where it is small there is one: no rounding errors instead."""
+    plate = Plate(COMM)
+    solve = plate.reduced()
+    cold = torch.full((2, 4), -20.0, dtype=F64)
+    torch.testing.assert_close(solve(cold), plate.full(cold), rtol=1e-7, atol=0.0)
+    for wrong in (-800.0, 800.0):
+        theta = torch.stack([torch.zeros(4, dtype=F64), torch.full((4,), wrong, dtype=F64)])
+        with pytest.raises(SolveFailed, match=r"singular, or not finite, for samples \[1\]"):
+            solve(theta)
+    with pytest.raises(InvalidInput, match="theta contains values that are not finite"):
+        solve(torch.full((4,), -torch.inf, dtype=F64))
+    states = plate.full(parameters(0, 3))
+    for given, words in ((states[:, None], "states have shape"), (states * torch.nan, "states contains values that are not")):
+        with pytest.raises(InvalidInput, match=words):
+            fem_vi.ReducedSolve(plate.residual, plate.blocks, given, parameters(0, 3), features=torch.exp)
 
 
 @pytest.mark.mpi
