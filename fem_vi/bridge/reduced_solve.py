@@ -33,7 +33,7 @@ AGREES = 1e-6
 
 
 class ReducedSolve:
-    """u = solve(theta), in the span of given states; differentiable to any order.
+    """u = solve(theta), in the span of given states; differentiable to any order, in reverse mode.
 
     Proper orthogonal decomposition gives the modes, the directions in which the states vary most about their mean. The result
     is Galerkin's solution in their span: exact where the span holds the solution, and else about as near as the modes allow,
