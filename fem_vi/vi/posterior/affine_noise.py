@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ def affine_noise(q: Distribution) -> AffineNoise | None:
     return None
 
 
-@affine_noise.register
-def _(q: Independent) -> AffineNoise | None:
+@affine_noise.register(Independent)
+def _(q: Any) -> AffineNoise | None:  # Independent takes a type argument in new torch, and none in old
     base = q.base_dist
     if not isinstance(base, Normal) or q.reinterpreted_batch_ndims != 1:
         return None
