@@ -104,9 +104,9 @@ class PDDLVM(LivesOnMesh):
         problems in parametric PDEs.
 
     Example:
-        >>> body = nn.Sequential(nn.Linear(16, 128), nn.SiLU()).double()
-        >>> model = PDDLVM(
-        ...     pde, prior=prior, inputs=prior.field, forward=nn.Sequential(body, DiagonalHead(128, num_nodes)),
+        >>> body = nn.Sequential(nn.Linear(16, 128), nn.SiLU()).double()  # 16 modes of a KarhunenLoeveField
+        >>> model = PDDLVM(  # num_free: coefficients of u that no Dirichlet condition prescribes
+        ...     pde, prior=prior, inputs=prior.field, forward=nn.Sequential(body, DiagonalHead(128, num_free)),
         ...     measure=Preconditioned(prior.field_mean), eps=LearnedEps(),
         ... )
         >>> run = fem_vi.fit(model.problem, model, VirtualELBO(samples=64), steps=2000, optimizer=fem_vi.Adam(1e-3))
@@ -334,5 +334,6 @@ def check_network(name: str, network: nn.Module, size_in: int, size_out: int) ->
     if q.event_shape != (size_out,) or q.batch_shape != (2,):
         raise InvalidInput(
             f"{name} took shape (2, {size_in}) and returned a distribution with batch shape {tuple(q.batch_shape)} and event "
-            f"shape {tuple(q.event_shape)}; they must be (2,) and ({size_out},)."
+            f"shape {tuple(q.event_shape)}; they must be (2,) and ({size_out},). u counts by its coefficients without a "
+            "prescribed value, or by its modes; z by the unknowns of the prior."
         )
