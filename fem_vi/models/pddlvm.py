@@ -154,6 +154,8 @@ class PDDLVM(LivesOnMesh):
             check_network("forward", forward, prior.num_global, self.state.size)
             if inverse is not None:
                 check_network("inverse", inverse, self.state.size, prior.num_global)
+        with torch.no_grad():
+            self.inputs(prior.unwhiten(torch.zeros(2, *prior.event_shape, dtype=torch.float64)))
 
     def forward(self, z: Tensor) -> Distribution:
         """q_a(u | z) over coordinates; see `coordinates_given`."""
@@ -228,7 +230,7 @@ class PDDLVM(LivesOnMesh):
         """The inputs of the weak form for z.
 
         Raises:
-            InvalidInput: Where the function that was given as `inputs` returns other than one tensor for each.
+            InvalidInput: Where the function that was given as `inputs` returns other than one tensor of the right shape for each.
 
         MPI: Collective where that function is.
         """
@@ -239,6 +241,13 @@ class PDDLVM(LivesOnMesh):
                 raise InvalidInput(f"inputs returned {described(given)}; it must return a tensor, or a tuple of tensors.")
             if len(several) != len(self.pde.inputs):
                 raise InvalidInput(f"inputs returned {len(several)} tensors; the weak form has {len(self.pde.inputs)} inputs.")
+            for x, expected in zip(several, self.pde.inputs, strict=True):
+                if x.shape[x.ndim - len(expected.shape) :] != expected.shape:
+                    raise InvalidInput(
+                        f"{expected.label} would be a tensor of shape {tuple(x.shape)} for z of shape {tuple(z.shape)}; its last "
+                        f"axes must be {tuple(expected.shape)}. Give PDDLVM inputs=, the function of z that makes it: of a "
+                        "KarhunenLoeveField it is inputs=prior.field."
+                    )
         return tuple(several)
 
     def log_virtual(self, u: Tensor, *inputs: Tensor) -> Tensor:

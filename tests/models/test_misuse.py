@@ -76,6 +76,7 @@ WAYS = {
     "a mean of too many parameters": (lambda s: s.model.coordinates_given(torch.zeros(3)), r"z has shape \(3,\)"),
     "half a draw": (lambda s: s.model.sample(torch.zeros(2), 0.5), "samples is 0.5; it must be a whole number, at least 1"),
     "a field that is no number": (lambda s: s.model.invert(torch.full((16,), torch.inf)), "u contains values that are not"),
+    "inputs of another size": (lambda s: s.create(inputs=lambda z: z[..., :1]), r"inputs\[0\].* for z .*Give PDDLVM inputs="),
     "inputs that are none": (lambda s: s.create(inputs=3), "inputs is 3"),
     "inputs that return none": (lambda s: s.create(inputs=lambda z: None).predict(torch.zeros(2)), "inputs returned None"),
     "one input too many": (lambda s: s.create(inputs=lambda z: (z, z)).predict(torch.zeros(2)), "returned 2 tensors"),
