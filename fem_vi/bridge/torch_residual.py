@@ -150,7 +150,7 @@ def check_device(name: str, device: torch.device | str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidInput(
-            f"{name}: device is {device!r}, which torch cannot use here: {reason} device='cpu' always works."
+            f"{name}: device is {device!r}, which torch cannot use here ({reason}); device='cpu' always works."
         ) from error
 
 
