@@ -85,6 +85,9 @@ class Residual:
         created = kernel.create(pde)
         self.function: Any = BatchedResidual(pde, created) if isinstance(created, BatchKernel) else created
 
+    def __repr__(self) -> str:
+        return f"Residual(kernel={self.kernel!r})"
+
     def __call__(self, u: Tensor, *inputs: Tensor, rows: Tensor | Sequence[int] | Cells | Patches | None = None) -> Tensor:
         """Evaluate; see the class. Collective."""
         if rows is not None:
@@ -356,8 +359,8 @@ class BatchedResidual(BatchedOperator):
             _add_columns(grads[0], call.rows[0], owned, g[:, owned])
         for source in self.pde.boundary.sources:
             grad, rows = grads[1 + source.position], call.rows[1 + source.position]
-            for sample, row in enumerate(rows if grad is not None else ()):
-                grad[row] -= source.gradient(g[sample], self.comm)  # type: ignore[index]
+            if grad is not None:
+                np.subtract.at(grad, rows, source.gradient(g, self.comm))
         return g
 
     def _pushforward(self, call: Call, flat: Sequence[Array], out: Array, tangents: Sequence[Array]) -> Array:

@@ -35,7 +35,7 @@ from fem_vi.pde.inputs import Array
 from fem_vi.pde.kernels import Samples
 from fem_vi.pde.matrix import Assemble
 from fem_vi.pde.petsc_options import Option, check_options
-from fem_vi.pde.sample_kernels import FEW, Jacobians, LoadedJacobians, SampleKernels
+from fem_vi.pde.sample_kernels import Jacobians, LoadedJacobians, SampleKernels
 from fem_vi.pde.state import StateEquation
 from fem_vi.pde.tangent import ResidualTangent
 from fem_vi.pde.weak_form import WeakForm, check_weak_form
@@ -203,7 +203,7 @@ class Solve(BatchedOperator):
 
     def _jacobians(self, call: Call, flat: Sequence[Array], groups: Sequence[_Group], states: Array | None = None) -> Jacobians:
         """The Jacobians of some groups, each that of its first sample; arguments as for `_groups`."""
-        if len(groups) <= FEW or (not self.pde.is_linear and states is None):
+        if not self._kernels.take(len(groups)) or (not self.pde.is_linear and states is None):
             return _LOADED
         first = np.array([group.samples[0] for group in groups], dtype=np.intp)
         own = None if self.pde.is_linear or states is None else states[first]

@@ -359,12 +359,12 @@ def _sum_of_all(space: FieldSpace, result: Values, num_blocks: int) -> _Sum:
 
 
 def _sum_of_constant(space: ConstantSpace, result: Values, comm: Any) -> _Sum:
-    parts = np.zeros((len(result.rows), space.size))
+    parts = np.empty((len(result.rows), space.size))
     rows: NDArray[np.int64] = np.arange(len(result.rows), dtype=np.int64)
 
     def add_rows() -> None:
         total = np.zeros_like(result.values)
-        np.add.at(total, result.rows[rows], parts)
+        np.add.at(total, result.rows, parts)
         result.values[...] = sum_over_ranks(comm, total)
 
-    return _Sum(space.field(owned=parts, rows=rows), add_rows)
+    return _Sum(space.field(owned=parts, rows=rows), add_rows, rows)

@@ -25,8 +25,7 @@ from fem_vi.pde.weak_form import WeakForm
 
 T = TypeVar("T")
 
-FEW = 4
-"""So many samples are not worth the time that a compiler takes."""
+FEW = 4  # samples that DOLFINx assembles for
 
 
 class Jacobians(Protocol):
@@ -102,18 +101,22 @@ class SampleKernels:
         kernel = self._kernel
         return kernel is not None and _compiles(kernel.compile_residual)
 
+    def take(self, num: int) -> bool:
+        """Whether so many samples are worth the time that a compiler takes. Not collective."""
+        return num > FEW
+
     def jacobians(self, num: int, flat: Sequence[Array], rows: Sequence[Rows], states: Array | None) -> Jacobians:
         """The Jacobians of some samples.
 
         Args:
-            num: How many there are.
+            num: How many there are; see `take`.
             flat: The values of each input, `(num_rows, size)`.
             rows: For each input the row that each sample reads.
             states: For a form that is not linear, the states, `(num, n_owned)`.
 
         MPI: Collective.
         """
-        if num <= FEW or self._matrix is None:
+        if self._matrix is None:
             return LoadedJacobians()
         values = {given.symbol: Values(x, own) for given, x, own in zip(self._pde.inputs, flat, rows, strict=True)}
         if states is not None:
@@ -130,7 +133,7 @@ class SampleKernels:
 
         MPI: Collective.
         """
-        if num <= FEW or not self._has_residual:
+        if not self.take(num) or not self._has_residual:
             return None
         assert self._kernel is not None
         boundary, size = self._pde.boundary, self._pde.unknown.size
@@ -158,7 +161,7 @@ class SampleKernels:
 
         MPI: Collective.
         """
-        if at.num <= FEW or not self._takes(grads):
+        if not self.take(at.num) or not self._has_gradients(grads):
             return False
         wanted = [grad is not None for grad in grads]
         if at.num == len(g):
@@ -193,7 +196,7 @@ class SampleKernels:
         """Whether one of the inputs whose gradients are wanted holds values on the boundary."""
         return any(grads[source.position] is not None for source in self._pde.boundary.sources)
 
-    def _takes(self, grads: Sequence[Array | None]) -> bool:
+    def _has_gradients(self, grads: Sequence[Array | None]) -> bool:
         """Whether there is code for the gradients of the inputs that are wanted. Collective."""
         inputs = tuple(1 + k for k, grad in enumerate(grads) if grad is not None)
         wanted = (0, *inputs) if self._prescribe(grads) else inputs

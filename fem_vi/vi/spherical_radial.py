@@ -67,6 +67,3 @@ class SphericalRadial:
         points = square.sqrt() * torch.cat([q, -q])
         outer = (size / square).expand(2 * k) / (2 * k)
         return torch.cat([points.new_zeros(1, size), points]), torch.cat([1.0 - outer.sum()[None], outer])
-
-
-States = OneDraw | SphericalRadial
