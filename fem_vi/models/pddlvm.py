@@ -57,6 +57,9 @@ class FieldMoments:
     std: Tensor
 
 
+_SIZES = "u counts by its coefficients without a prescribed value, or by its modes; z by the unknowns of the prior."
+
+
 def _alone(z: Tensor) -> Tensor:
     return z
 
@@ -337,12 +340,14 @@ def check_network(name: str, network: nn.Module, size_in: int, size_out: int) ->
     """
     if any(value.dtype is torch.float32 for value in network.parameters()):
         raise InvalidInput(f"{name} has parameters in float32; fields are in float64. Give {name}=network.double().")
-    q = network(torch.zeros(2, size_in, dtype=torch.float64))
+    try:
+        q = network(torch.zeros(2, size_in, dtype=torch.float64))
+    except RuntimeError as error:
+        raise InvalidInput(f"{name} does not take shape (2, {size_in}): {error}. {_SIZES}") from error
     if not isinstance(q, Distribution):
         raise InvalidInput(f"{name} returned {type(q).__name__}; it must return a torch Distribution. Does it end in a head?")
     if q.event_shape != (size_out,) or q.batch_shape != (2,):
         raise InvalidInput(
             f"{name} took shape (2, {size_in}) and returned a distribution with batch shape {tuple(q.batch_shape)} and event "
-            f"shape {tuple(q.event_shape)}; they must be (2,) and ({size_out},). u counts by its coefficients without a "
-            "prescribed value, or by its modes; z by the unknowns of the prior."
+            f"shape {tuple(q.event_shape)}; they must be (2,) and ({size_out},). {_SIZES}"
         )

@@ -61,6 +61,8 @@ WAYS = {
     "weak form None": (lambda s: PDDLVM(None, prior=s.prior, forward=network(2, 4)), "pde is None"),
     "float32 network": (lambda s: s.create(forward=network(2, 4).float()), r"forward has parameters in float32.*double\(\)"),
     "a tensor from a network": (lambda s: s.create(forward=nn.Linear(2, 4, dtype=F64)), "returned Tensor; .* a head"),
+    "a network of too many parameters": (lambda s: s.create(forward=network(3, 4)), r"forward does not take .*2, 2"),
+    "a network of all coefficients": (lambda s: s.create(inverse=network(16, 2)), r"inverse does not take .*2, 4"),
     "reference of another length": (lambda s: s.create(measure=Preconditioned(torch.zeros(3))), r"inputs\[0\] has shape \(3,\)"),
     "an objective of posteriors": (lambda s: fit(s.model, fem_vi.ELBO(samples=2)), "PDDLVM, whose forward takes arguments"),
     "an objective of one data set": (lambda s: fit(s.amortised, fem_vi.ELBO(samples=2)), r"model\.at\(y\)"),
