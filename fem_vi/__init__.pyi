@@ -119,6 +119,7 @@ from .vi.lbfgs import LBFGS as LBFGS
 from .vi.likelihood import GaussianNoise as GaussianNoise
 from .vi.mcmc.chain_report import ChainReport as ChainReport
 from .vi.mcmc.chains import sample as sample
+from .vi.mcmc.delayed import DelayedAcceptance as DelayedAcceptance
 from .vi.mcmc.hmc import HMC as HMC
 from .vi.mcmc.mala import MALA as MALA
 from .vi.mcmc.nuts import pyro_nuts as pyro_nuts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,21 @@ def test_field_posterior_is_that_of_dense_algebra(kernel: fem_vi.HMC | fem_vi.PC
 
 
 @pytest.mark.mpi
+def test_a_cheap_model_that_is_wrong_does_not_show() -> None:
+    # Predictions that are off by 0.4 standard deviations of the noise, all to one side, move the mean of the source.
+    exact, inversion = exact_source(), source_inversion(COMM)
+    problem, off = inversion.problem, 0.4 * inversion.std
+    cheap = fem_vi.InverseProblem(problem.prior, lambda m: problem.forward(m) + off, problem.likelihood, problem.y)
+    kernel, z = fem_vi.MALA(step_size=1.3), []
+    for posed, mover in ((problem, fem_vi.DelayedAcceptance(cheap, kernel)), (cheap, kernel)):
+        samples = fem_vi.sample(posed, mover, chains=40, draws=25, warmup=4, reference=reference_of(problem, 0.9), seed=1)
+        means = problem.prior.gather(samples.m).mean((1, 2))
+        z.append(float((means.mean() - exact.mean.mean()) / (means.std() / math.sqrt(40))))
+    assert abs(z[0]) < 3.0
+    assert abs(z[1]) > 4.0
+
+
+@pytest.mark.mpi
 def test_field_evidence_is_that_of_dense_algebra() -> None:
     exact, problem = exact_source(), source_inversion(COMM).problem
     tempered = fem_vi.smc(
@@ -50,12 +66,17 @@ def test_field_evidence_is_that_of_dense_algebra() -> None:
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("delayed", [False, True])
 @pytest.mark.parametrize("kernel", [fem_vi.HMC(step_size=0.4), fem_vi.MALA(step_size=0.2), fem_vi.PCN(step_size=0.2)])
-def test_numbers_do_not_depend_on_the_ranks(kernel: fem_vi.HMC | fem_vi.MALA | fem_vi.PCN) -> None:
+def test_numbers_do_not_depend_on_the_ranks(kernel: Any, delayed: bool) -> None:
     chains = []
     for comm in (COMM, MPI.COMM_SELF):
         problem = log_diffusion(comm)
-        samples = fem_vi.sample(problem, kernel, chains=2, draws=2, warmup=2, adaptation=fem_vi.LearnDiagonal(), seed=4)
+        mover = kernel
+        if delayed:
+            cheap = fem_vi.InverseProblem(problem.prior, problem.forward, fem_vi.GaussianNoise(0.1), problem.y)
+            mover = fem_vi.DelayedAcceptance(cheap, kernel)
+        samples = fem_vi.sample(problem, mover, chains=2, draws=2, warmup=2, adaptation=fem_vi.LearnDiagonal(), seed=4)
         chains.append((problem.prior.gather(samples.m), samples.log_joint, samples.acceptance))
     for ours, reference in zip(*chains, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)

@@ -16,12 +16,12 @@ from fem_vi.errors import InvalidInput
 from fem_vi.parallel import ProcessGrid, raise_on_all
 from fem_vi.vi.mcmc.coordinates import Coordinates, starting_points
 from fem_vi.vi.mcmc.crowd import Crowd
+from fem_vi.vi.mcmc.delayed import DelayedAcceptance
 from fem_vi.vi.mcmc.kernel import Kernel
 from fem_vi.vi.mcmc.progress import sampling_bar
 from fem_vi.vi.mcmc.samples import Samples
-from fem_vi.vi.mcmc.target import State, Target
+from fem_vi.vi.mcmc.target import State, Target, check_exact
 from fem_vi.vi.mcmc.warm_up import Adaptation, KeepReference, LearnDense, LearnDiagonal, warm_up
-from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import Cost, InverseProblem
 from fem_vi.vi.randomness import private_generator
@@ -53,7 +53,7 @@ def sample(
 
     Args:
         problem: Prior, forward map, likelihood, data.
-        kernel: `HMC()`, `MALA()` or `PCN()`.
+        kernel: `HMC()`, `MALA()` or `PCN()`; or `DelayedAcceptance(cheap, ...)` of one.
         chains: Independent chains, a batch axis of the solves.
         draws: Steps of each chain after the warm-up.
         warmup: Steps in which the step size is found, which do not count.
@@ -158,7 +158,7 @@ def _draws(target: Target, kernel: Kernel, state: State, *, size: float, plan: P
 
 
 def _checked(problem: InverseProblem, kernel: Kernel, plan: Plan, reference: object) -> Plan:
-    check_kernel_type(kernel)
+    check_kernel_of(problem, kernel)
     chains, draws = whole("chains", plan.chains, least=1), whole("draws", plan.draws, least=1)
     warmup, thin = whole("warmup", plan.warmup, least=0), whole("thin", plan.thin, least=1)
     if thin > draws:
@@ -168,7 +168,8 @@ def _checked(problem: InverseProblem, kernel: Kernel, plan: Plan, reference: obj
     check_exact(problem)
     adaptation = plan.adaptation
     if adaptation is None:
-        few = reference is None and kernel.uses_gradient and problem.prior.num_global <= MOST_LEARNED
+        moving = kernel.kernel if isinstance(kernel, DelayedAcceptance) else kernel
+        few = reference is None and moving.uses_gradient and problem.prior.num_global <= MOST_LEARNED
         adaptation = LearnDiagonal() if few else KeepReference()
     instance("adaptation", adaptation, LearnDiagonal, LearnDense, KeepReference)
     if isinstance(adaptation, LearnDense) and not isinstance(problem.prior, GaussianVector):
@@ -179,27 +180,16 @@ def _checked(problem: InverseProblem, kernel: Kernel, plan: Plan, reference: obj
     return Plan(chains, draws, warmup, thin, adaptation)
 
 
-def check_kernel_type(kernel: object) -> None:
-    """Refuse what is no kernel, such as its class.
+def check_kernel_of(problem: InverseProblem, kernel: object) -> None:
+    """Refuse what is no kernel, such as its class, and a kernel of another problem.
 
     Raises:
         InvalidInput: Naming it.
     """
     if isinstance(kernel, type) or not all(hasattr(kernel, name) for name in ("step", "step_size", "uses_gradient")):
         raise InvalidInput(f"kernel is {kernel!r:.80}; it must be a kernel such as HMC(), MALA() or PCN().")
-
-
-def check_exact(problem: InverseProblem) -> None:
-    """Refuse a problem whose density is estimated anew in each evaluation.
-
-    Raises:
-        InvalidInput: For a `MinibatchProblem`.
-    """
-    if isinstance(problem, MinibatchProblem):
-        raise InvalidInput(
-            "problem is a MinibatchProblem, whose density changes from call to call: a sampler would draw from no posterior. "
-            "Pass problem.whole(), which uses all data."
-        )
+    if isinstance(kernel, DelayedAcceptance):
+        kernel.check(problem)
 
 
 def _first(target: Target, start: nn.Module | Distribution | Tensor | None) -> Tensor:

@@ -21,11 +21,13 @@ class Info:
         acceptance: Probability with which each chain's proposal was accepted, `(chains,)`, replicated over the mesh.
         accepted: Whether it was.
         diverged: Whether the proposal's density was zero or lower by a factor of exp(1000), `(chains,)`.
+        steering: The acceptance probability that the step size governs, `(chains,)`: that one, or a cheap problem's.
     """
 
     acceptance: Tensor
     accepted: Tensor
     diverged: Tensor
+    steering: Tensor
 
 
 class Kernel(Protocol):
@@ -64,4 +66,4 @@ def accept_or_stay(target: Target, state: State, proposal: State, log_ratio: Ten
     log_ratio = torch.nan_to_num(log_ratio, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     probability = log_ratio.clamp_max(0.0).exp()
     accepted = target.crowd.uniform() < probability
-    return proposal.where(accepted, state), Info(probability, accepted, log_ratio < -DIVERGED)
+    return proposal.where(accepted, state), Info(probability, accepted, log_ratio < -DIVERGED, probability)

@@ -12,11 +12,10 @@ from torch.distributions import Distribution
 from fem_vi.arguments import instance, is_number, whole
 from fem_vi.errors import FemViError, InvalidInput
 from fem_vi.parallel import any_rank, raise_on_all
-from fem_vi.vi.mcmc.chains import check_exact
 from fem_vi.vi.mcmc.coordinates import Coordinates
 from fem_vi.vi.mcmc.crowd import Crowd
 from fem_vi.vi.mcmc.samples import Samples
-from fem_vi.vi.mcmc.target import Target
+from fem_vi.vi.mcmc.target import Target, check_exact
 from fem_vi.vi.problem import Cost, InverseProblem
 from fem_vi.vi.randomness import private_generator
 

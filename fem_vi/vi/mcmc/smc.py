@@ -24,14 +24,14 @@ from torch.distributions import Distribution
 from fem_vi.arguments import instance, is_number, whole
 from fem_vi.errors import InvalidInput, NotFinite
 from fem_vi.parallel import ProcessGrid, raise_on_all
-from fem_vi.vi.mcmc.chains import check_exact, check_kernel_type
+from fem_vi.vi.mcmc.chains import check_kernel_of
 from fem_vi.vi.mcmc.coordinates import Coordinates
 from fem_vi.vi.mcmc.crowd import Crowd
 from fem_vi.vi.mcmc.hmc import HMC
 from fem_vi.vi.mcmc.kernel import Kernel
 from fem_vi.vi.mcmc.progress import sampling_bar
 from fem_vi.vi.mcmc.rotation import QUARTER
-from fem_vi.vi.mcmc.target import State, Target
+from fem_vi.vi.mcmc.target import State, Target, check_exact
 from fem_vi.vi.mcmc.tempered import Tempered
 from fem_vi.vi.mcmc.warm_up import FIRST_SIZE
 from fem_vi.vi.problem import Cost, InverseProblem
@@ -63,7 +63,8 @@ def smc(
 
     Args:
         problem: Prior, forward map, likelihood, data.
-        kernel: What moves particles: `HMC()`, `MALA()` or `PCN()`. A step size of None adapts itself.
+        kernel: What moves particles: `HMC()`, `MALA()` or `PCN()`, or `DelayedAcceptance(cheap, ...)` of one. A step size of None
+            adapts itself.
         particles: Particles of each island.
         islands: Independent repeats, at least 2.
         moves: Steps of the kernel at each temperature.
@@ -96,7 +97,7 @@ def smc(
     comm = problem.prior.comm if grid is None else grid.comm
     with raise_on_all(comm):
         check_exact(problem)
-        plan = _checked(kernel, Plan(particles, islands, moves, ess, most_temperatures))
+        plan = _checked(problem, kernel, Plan(particles, islands, moves, ess, most_temperatures))
         seed = whole("seed", seed)
     crowd = Crowd.create(problem.prior, plan.islands * plan.particles, grid, seed=seed, unit=plan.particles)
     before, began = Cost(problem.cost.forward, problem.cost.backward), time.monotonic()
@@ -134,8 +135,8 @@ class Plan:
     most_temperatures: int
 
 
-def _checked(kernel: Kernel, plan: Plan) -> Plan:
-    check_kernel_type(kernel)
+def _checked(problem: InverseProblem, kernel: Kernel, plan: Plan) -> Plan:
+    check_kernel_of(problem, kernel)
     if not (is_number(plan.ess) and 0.0 < plan.ess < 1.0):
         raise InvalidInput(f"ess is {plan.ess!r:.80}; it is a fraction of the particles, between 0 and 1.")
     return Plan(
@@ -215,10 +216,11 @@ class _Path:
         crowd, total = self.target.crowd, 0.0
         for _ in range(self.plan.moves):
             state, info = self.kernel.step(self.target, state, self.size, temperature=self.temperatures[-1])
-            acceptance = float(crowd.together(info.acceptance.sum())) / crowd.total
+            rates = torch.stack([info.acceptance.sum(), info.steering.sum()])
+            acceptance, steering = (crowd.together(rates) / crowd.total).tolist()
             total += acceptance / self.plan.moves
             if self.kernel.step_size is None:
-                self.size = min(self.size * math.exp(GAIN * (acceptance - self.kernel.acceptance)), QUARTER)
+                self.size = min(self.size * math.exp(GAIN * (steering - self.kernel.acceptance)), QUARTER)
         self.acceptance.append(total)
         return state
 

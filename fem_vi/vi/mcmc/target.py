@@ -19,7 +19,21 @@ from torch import Tensor
 from fem_vi.errors import FemViError, InvalidInput
 from fem_vi.vi.mcmc.coordinates import Coordinates
 from fem_vi.vi.mcmc.crowd import Crowd
+from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.problem import InverseProblem
+
+
+def check_exact(problem: InverseProblem) -> None:
+    """Refuse a problem whose density is estimated anew in each evaluation.
+
+    Raises:
+        InvalidInput: For a `MinibatchProblem`.
+    """
+    if isinstance(problem, MinibatchProblem):
+        raise InvalidInput(
+            "problem is a MinibatchProblem, whose density changes from call to call: a sampler would draw from no posterior. "
+            "Pass problem.whole(), which uses all data."
+        )
 
 
 @dataclass(frozen=True)

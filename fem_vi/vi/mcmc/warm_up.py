@@ -69,7 +69,7 @@ def warm_up(
     seen: list[Tensor] = []
     for k in range(1, steps + 1):
         state, info = kernel.step(target, state, kernel.step_size or averaging.size)
-        averaging = averaging.update(float(crowd.together(info.acceptance.sum())) / crowd.total)
+        averaging = averaging.update(float(crowd.together(info.steering.sum())) / crowd.total)
         if edges and edges[0] < k <= edges[-1]:
             seen.append(state.x)
         if k in edges[1:] and seen:
