@@ -149,6 +149,6 @@ def test_a_flow_comes_near_the_evidence_and_a_few_steps_in_its_coordinates_corre
     assert 7.5 < gaps[0] < 8.5
     assert 0.0 < gaps[1] < 2.3
     grid = fem_vi.ProcessGrid.create(MPI.COMM_SELF, 1)
-    samples = demo().corrected(posed, flow, demo().FULL, grid)
+    samples = demo().corrected(known, flow, demo().FULL, grid)
     shift = (samples.mean.numpy() - exact.mean) / exact.sd
     assert np.sqrt((shift**2).mean()) < 0.05
