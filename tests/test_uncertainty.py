@@ -108,18 +108,17 @@ def test_rows_of_the_long_fits() -> None:
     # an error of 0.02, and the 25,827 of a fit to the full model 0.60.
     assert exact.log_evidence - rows["full-rank by ROM"].elbo < 8.2
     assert rows["full-rank by ROM"].elbo > rows["full-rank"].elbo
-    assert exact.log_evidence - rows["flow by ROM"].elbo < 2.0  # reached: 1.8; a run with other rounding ended at 1.97
+    assert exact.log_evidence - rows["flow by ROM"].elbo < 2.0  # reached: 1.84
+    assert rows["flow by ROM"].khat < demo().LIMIT
     shift = {name: np.abs(np.array(row.mean) - exact.mean) / exact.sd for name, row in rows.items()}
     ratio = {name: np.array(row.sd) / exact.sd for name, row in rows.items()}
-    # Asked for: means within 0.15 sd, which all blocks have, and ratios from 0.85 to 1.15: 63 of the 64, one has 0.845.
+    # Asked for, and reached by all 64 blocks: means within 0.15 sd, ratios from 0.85 to 1.15; after the chains 0.05 sd.
     assert shift["flow by ROM"].max() < 0.15
     assert np.sqrt((shift["flow by ROM"] ** 2).mean()) < 0.05
-    assert ((ratio["flow by ROM"] > 0.85) & (ratio["flow by ROM"] < 1.15)).sum() >= 63
-    assert (ratio["flow by ROM"] > 0.84).all()
-    # Asked for after the chains: 0.05 sd. That is the root mean square with some to spare; the worst block is off by 0.09.
-    assert np.sqrt((shift["flow, corrected"] ** 2).mean()) < 0.04
-    assert shift["flow, corrected"].max() < 0.1
-    assert ((ratio["flow, corrected"] > 0.9) & (ratio["flow, corrected"] < 1.1)).all()
+    assert ((ratio["flow by ROM"] > 0.85) & (ratio["flow by ROM"] < 1.15)).all()
+    assert shift["flow, corrected"].max() < 0.05
+    assert ((ratio["flow, corrected"] > 0.95) & (ratio["flow, corrected"] < 1.05)).all()
+    assert rows["flow, corrected"].solves < 0.1 * after_a_fit
     assert all(row.seconds is not None for row in rows.values())
 
 

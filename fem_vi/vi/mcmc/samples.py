@@ -28,7 +28,8 @@ class Samples:
         num_diverged: Steps after the warm-up whose proposal went where the forward map fails or the density all but vanishes.
         kernel: What moved the chains.
         step_size: Its angle after the warm-up.
-        cost: Samples solved, warm-up included, over all groups of ranks.
+        cost: Samples solved, warm-up included, over all groups of ranks. What a `DelayedAcceptance` asks its cheap problem is
+            counted by that problem.
         seconds: Wall time, warm-up included.
         seed: Of the random numbers.
     """
