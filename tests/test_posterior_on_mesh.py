@@ -32,6 +32,7 @@ F64 = torch.float64
 MESHES = Path(__file__).parent.parent / "meshes"
 FAMILIES = {
     "mean-field": fem_vi.MeanFieldNormal,
+    "full-rank": fem_vi.FullRankNormal,
     "low-rank": lambda prior: fem_vi.LowRankNormal(prior, rank=8),
     "low-rank, free diagonal": lambda prior: fem_vi.LowRankNormal(prior, rank=4, diagonal=fem_vi.FreeDiagonal()),
 }
@@ -358,6 +359,31 @@ def test_run_of_all_ranks_is_taken_up_by_one(tmp_path: Path) -> None:
     assert [row.step for row in alone.history] == [1, 2, 3, 4, 5, 6]
     stored = load_file(own / "posterior.safetensors")
     assert torch.equal(stored["mu"], alone.posterior.prior.gather(alone.posterior.mu.detach()))
+
+
+@pytest.mark.mpi
+def test_a_dense_factor_goes_from_two_ranks_to_one_and_to_three(tmp_path: Path) -> None:
+    options = {"steps": 6, "checkpoint_every": 2}
+    writers = COMM.Split(int(COMM.rank < 2), COMM.rank)
+    if COMM.rank < 2:
+        with pytest.raises(KeyboardInterrupt):
+            fitted(log_diffusion(writers), "full-rank", path=tmp_path / "run", callbacks=[Interrupt(5)], **options)
+    COMM.barrier()
+    own = tmp_path / f"rank-{COMM.rank}"
+    shutil.copytree(tmp_path / "run", own)
+    alone = fitted(log_diffusion(MPI.COMM_SELF), "full-rank", path=own, resume=True, **options)
+    together = fitted(log_diffusion(COMM), "full-rank", path=tmp_path / "run", resume=True, **options)
+    whole = fitted(log_diffusion(MPI.COMM_SELF), "full-rank", **options)
+    for run in (alone, together):
+        torch.testing.assert_close(moments(run), moments(whole), rtol=0.0, atol=1e-6)
+        torch.testing.assert_close(run.posterior.below, whole.posterior.below, rtol=0.0, atol=1e-6)
+    stored = load_file(own / "posterior.safetensors")
+    assert {name: tuple(value.shape) for name, value in stored.items()} == {
+        "mu": (72,),
+        "log_diagonal": (72,),
+        "below": (72 * 71 // 2,),
+    }
+    writers.Free()
 
 
 # Mesh refinement

@@ -35,7 +35,7 @@ from fem_vi.vi.run import COLUMNS
 from fem_vi.vi.start import GaussNewton, PresentParameters
 from fem_vi.vi.student_noise import StudentNoise
 from fem_vi.vi.unknown_scale import UnknownScale
-from tests.vi.helpers import F64, FAMILIES, FIELD_FAMILIES, Affine, split_pair
+from tests.vi.helpers import F64, FAMILIES, Affine, split_pair
 
 
 def numbers_of(run):
@@ -669,12 +669,12 @@ def test_other_optimisers_and_schedules(tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("name", FIELD_FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_split_over_ranks(name):
     runs = []
     for problem in split_pair():
         torch.manual_seed(3)
-        posterior = FIELD_FAMILIES[name](problem.prior)
+        posterior = FAMILIES[name](problem.prior)
         runs.append(fit(problem, posterior, ELBO(samples=4), steps=10))
     ours, reference = runs
     torch.testing.assert_close(
