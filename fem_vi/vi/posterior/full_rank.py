@@ -30,6 +30,7 @@ class FullRankNormal(WhitenedFamily):
         log_diagonal: Logarithm of the diagonal of L, `(n,)`, replicated, in the order of `prior.gather`.
         below: L below its diagonal, row by row, `(n (n - 1) / 2,)`, replicated.
         fields: Names of the parameters that are field tensors.
+        pairs: Names of the parameters with an entry for each pair of unknowns.
 
     Raises:
         InvalidInput: Where `prior` is no prior, or has so many unknowns that the parameters exceed 2 GB (n = 23,000).
@@ -43,6 +44,7 @@ class FullRankNormal(WhitenedFamily):
     """
 
     fields: tuple[str, ...] = ("mu",)
+    pairs: tuple[str, ...] = ("below",)
 
     def __init__(self, prior: FieldPrior) -> None:
         super().__init__(prior)
