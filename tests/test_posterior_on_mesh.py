@@ -26,6 +26,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 import fem_vi
 from tests.helpers import boundary_dofs, left
+from tests.vi.helpers import gathered, numbers, perturb
 
 COMM = MPI.COMM_WORLD
 F64 = torch.float64
@@ -412,6 +413,42 @@ def test_steps_have_one_length_on_every_mesh() -> None:
         left_over.append(float(error @ exact.precision @ error) / float(exact.centre @ exact.precision @ exact.centre))
     assert max(left_over) < 0.2
     assert 0.5 < left_over[1] / left_over[0] < 2.0
+
+
+@pytest.mark.mpi
+def test_a_dense_factor_has_the_gradients_of_the_dense_normal() -> None:
+    """Textbook formulas, differentiated by torch, with C0^(1/2) from one rank and everything in the order of the mesh file."""
+    prior, alone = (
+        fem_vi.MaternField(fem.functionspace(mesh.create_unit_square(comm, 4, 3), ("Lagrange", 1)), std=1.5, length=0.6, mean=0.3)
+        for comm in (COMM, MPI.COMM_SELF)
+    )
+    n, gather = prior.num_global, prior.gather
+    root = alone.gather(alone.unwhiten(alone.scatter(torch.eye(n, dtype=F64))) - alone.mean).T
+    posterior = fem_vi.FullRankNormal(prior)
+    perturb(posterior, size=0.3)
+    names, parameters = zip(*posterior.named_parameters(), strict=True)
+    values = gathered(posterior, dict(zip(names, parameters, strict=True)))
+    mu, log_diagonal, below = (value.detach().clone().requires_grad_() for value in values)
+    L = torch.diag(log_diagonal.exp()).index_put(tuple(torch.tril_indices(n, n, offset=-1)), below)
+    exact = MultivariateNormal(0.3 + root @ mu, root @ L @ L.T @ root.T)
+    p = MultivariateNormal(torch.full((n,), 0.3, dtype=F64), root @ root.T)
+    q, m, weight = posterior(), numbers(1, 2, n), numbers(2, n)
+    owned = prior.scatter(m)
+    for ours, theirs in (
+        (q.log_prob(owned), exact.log_prob(m)),
+        (q.log_ratio(prior.whiten(owned)), exact.log_prob(m) - p.log_prob(m)),
+        (kl_divergence(q, prior), kl_divergence(exact, p)),
+        (q.entropy(), exact.entropy()),
+        (gather(q.mean) @ weight, exact.mean @ weight),
+        (gather(q.variance) @ weight, exact.variance @ weight),
+        (gather(prior.unwhiten(q.push(owned))) @ weight, (0.3 + (mu + m @ L.T) @ root.T) @ weight),
+        (gather(q.scale.solve(owned)) @ weight, torch.linalg.solve(L, m.T).T @ weight),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)
+        got = torch.autograd.grad(ours.sum(), parameters, retain_graph=True, materialize_grads=True)
+        wanted = torch.autograd.grad(theirs.sum(), (mu, log_diagonal, below), retain_graph=True, materialize_grads=True)
+        for a, b in zip(gathered(posterior, dict(zip(names, got, strict=True))), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-6)
 
 
 def test_a_dense_factor_is_no_worse_for_a_fit_on_a_fine_mesh() -> None:
