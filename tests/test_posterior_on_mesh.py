@@ -250,7 +250,7 @@ def test_mean_field_returns_to_its_optimum() -> None:
 )
 def test_same_numbers_on_any_number_of_ranks(build: Any) -> None:
     together, alone = build(COMM), build(MPI.COMM_SELF)
-    for family in FAMILIES:
+    for family in [name for name in FAMILIES if name != "full-rank"]:  # a test of its own, below, has that one
         ours, reference, again = (fitted(problem, family, steps=6) for problem in (together, alone, together))
         for a, b in zip(moments(ours), moments(reference), strict=True):
             torch.testing.assert_close(a, b, rtol=0.0, atol=1e-6)
