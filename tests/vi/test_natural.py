@@ -9,6 +9,7 @@ import torch
 from torch.distributions import kl_divergence
 
 from fem_vi.errors import InvalidInput
+from fem_vi.vi import natural
 from fem_vi.vi.fit import fit
 from fem_vi.vi.lbfgs import LBFGS
 from fem_vi.vi.natural import NaturalGradient
@@ -47,7 +48,8 @@ def fisher(posterior) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_steps_are_those_of_the_fisher_matrix(name):
+def test_steps_are_those_of_the_fisher_matrix(name, monkeypatch):
+    monkeypatch.setattr(natural, "BLOCK", 2)  # 5 unknowns: two whole blocks of a dense factor, and a part of one
     prior = Affine.create().prior
     posterior = KNOWN[name](prior)
     perturb(posterior)

@@ -20,7 +20,8 @@ class FullRankNormal(WhitenedFamily):
 
     Starts as the prior. Contains the exact posterior of an affine map with Gaussian noise. It has n (n + 3) / 2 parameters, and
     products with L cost n^2 a sample: for latent vectors, and for fields of a few thousand unknowns; for larger ones take
-    `LowRankNormal`.
+    `LowRankNormal`. Where Adam moves all parameters by one step, `below` throws fits over many unknowns off: it wants a smaller
+    one, `Adam(lr, pair_lr=lr / sqrt(n))`, as `fit` takes by default.
 
     Args:
         prior: Prior of m.
