@@ -145,7 +145,49 @@ def test_sparse_precision_of_local_data() -> None:
     assert run.history[-1].elbo == pytest.approx(answer.log_evidence, abs=0.01)
 
 
+@pytest.mark.mpi
 def test_full_rank_by_natural_gradients_from_laplace() -> None:
+    problem, answer = inversion(COMM), exact()
+    posterior = fem_vi.FullRankNormal(problem.prior)
+    run = fem_vi.fit(problem, posterior, fem_vi.ELBO(samples=4), steps=1, optimizer=fem_vi.NaturalGradient(lr=0.01))
+    check(posterior, answer)
+    assert run.history[-1].elbo == pytest.approx(answer.log_evidence, abs=0.01)
+    # The mean pushed off by half a standard deviation of the posterior: a full step takes it back, and a pair of draws leaves the
+    # covariance where it is.
+    with torch.no_grad():
+        torch.manual_seed(1)
+        posterior.mu.copy_(posterior().rsample_whitened().lerp(posterior.mu, 0.5))
+    arguments: dict[str, Any] = {"start": fem_vi.PresentParameters(), "schedule": lambda progress: 1.0}
+    objective, optimizer = fem_vi.ELBO(samples=2, noise=fem_vi.Antithetic()), fem_vi.NaturalGradient(lr=1.0, most=1e4)
+    run = fem_vi.fit(problem, posterior, objective, steps=2, optimizer=optimizer, **arguments)
+    assert run.history[0].elbo < answer.log_evidence - 100.0
+    check(posterior, answer)
+    assert run.history[-1].elbo == pytest.approx(answer.log_evidence, abs=0.01)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.mpi
+def test_full_rank_comes_back_by_natural_gradients() -> None:
+    problem, answer = inversion(COMM), exact()
+    posterior = fem_vi.FullRankNormal(problem.prior)
+    fem_vi.GaussNewton()(problem, posterior)
+    with torch.no_grad():  # pushed off: by half a standard deviation of the posterior, and scales by a twentieth
+        torch.manual_seed(1)
+        posterior.mu.copy_(posterior().rsample_whitened().lerp(posterior.mu, 0.5))
+        posterior.log_diagonal += 0.05
+        posterior.below *= math.exp(0.05)
+    before = float(fem_vi.ELBO(samples=16)(problem, posterior).elbo)
+    arguments: dict[str, Any] = {"start": fem_vi.PresentParameters(), "schedule": lambda progress: 1.0}
+    objective = fem_vi.ELBO(samples=512, noise=fem_vi.Antithetic())  # the mean's error is no noise in the scale
+    optimizer = fem_vi.NaturalGradient(lr=0.1, most=50.0)
+    run = fem_vi.fit(problem, posterior, objective, steps=80, optimizer=optimizer, **arguments)
+    assert before < answer.log_evidence - 100.0
+    check(posterior, answer)
+    assert run.history[-1].elbo == pytest.approx(answer.log_evidence, abs=0.01)
+
+
+def test_full_rank_of_latent_variables() -> None:
     """60 coefficients of random fields of the prior in place of the nodes: a latent vector, replicated."""
     field = inversion(MPI.COMM_SELF)
     basis = torch.linalg.qr(torch.randn(field.prior.num_global, 60, dtype=F64, generator=torch.Generator().manual_seed(2))).Q.T

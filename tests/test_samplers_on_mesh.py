@@ -83,6 +83,21 @@ def test_numbers_do_not_depend_on_the_ranks(kernel: Any, delayed: bool) -> None:
 
 
 @pytest.mark.mpi
+def test_a_dense_reference_over_ranks() -> None:
+    chains = []
+    for comm in (COMM, MPI.COMM_SELF):
+        problem = log_diffusion(comm)
+        q = fem_vi.FullRankNormal(problem.prior)
+        fem_vi.GaussNewton()(problem, q)
+        start = problem.prior.unwhiten(0.5 * q.mu.detach()).expand(2, -1)
+        samples = fem_vi.sample(problem, fem_vi.HMC(step_size=0.2), chains=2, draws=2, warmup=0, reference=q, start=start, seed=4)
+        chains.append((problem.prior.gather(samples.m), samples.log_joint, samples.acceptance))
+    assert float(samples.acceptance.max()) > 0.0
+    for ours, reference in zip(*chains, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.mpi
 def test_groups_of_ranks_with_a_mesh_each() -> None:
     grid = fem_vi.ProcessGrid.create(COMM, 1)
     problem = log_diffusion(grid.mesh_comm)

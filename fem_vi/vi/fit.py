@@ -33,7 +33,7 @@ from fem_vi.vi.lbfgs import LBFGS
 from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.natural import NaturalGradient
 from fem_vi.vi.objective import Objective, Terms
-from fem_vi.vi.optimizer import Constant, Cosine, OptimizerFactory, default_optimizer, set_learning_rate
+from fem_vi.vi.optimizer import Adam, Constant, Cosine, OptimizerFactory, default_optimizer, set_learning_rate
 from fem_vi.vi.problem import Cost, InverseProblem, Problem
 from fem_vi.vi.progress import progress_bar
 from fem_vi.vi.randomness import private_generator
@@ -91,7 +91,8 @@ def fit(
         resume: Go on with the run in `path`, where there is one.
         optimizer: Makes a torch optimiser from parameters; for fields an elementwise one (Adam, SGD, RMSprop), or
             `NaturalGradient()` for the normal families, or `LBFGS()`, with one draw of noise for the whole fit. None takes
-            Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`, 0.5 / sqrt(unknowns) otherwise; a `Flow` has its own.
+            Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`, 0.5 / sqrt(unknowns) otherwise, and for the entries of a
+            dense factor `lr` / sqrt(unknowns); a `Flow` has its own.
         schedule: Factor on the learning rate after a fraction of the steps.
         start: `GaussNewton()`, `NewtonCG()` or `PresentParameters()`; None takes the first for a new posterior with at most
             1,000 data.
@@ -181,7 +182,7 @@ def _create(
 ) -> torch.optim.Optimizer:
     """The optimiser of a posterior; errors on all ranks. Collective."""
     with raise_on_all(problem.prior.comm):
-        if isinstance(optimizer, NaturalGradient):
+        if isinstance(optimizer, NaturalGradient | Adam):
             return optimizer.create(posterior)
         if isinstance(optimizer, LBFGS):
             return optimizer.create(posterior, problem.prior, objective)

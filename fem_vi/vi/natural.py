@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from fem_vi.arguments import positive
 from fem_vi.errors import InvalidInput
-from fem_vi.vi.posterior.full_rank import FullRankNormal
+from fem_vi.vi.posterior.full_rank import FullRankNormal, packed, unpacked
 from fem_vi.vi.posterior.low_rank import LowRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.prior import FieldPrior
 from fem_vi.vi.state import is_field
 
 WEAKEST = 0.1
+BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class NaturalGradient:
     On a quadratic target a step of lr = 1 takes the mean to where the present covariance says the optimum is; noise asks for
     less. A step is shortened where it would move the distribution by more than `most` nats.
 
-    Errors of a dense or low-rank scale feed their own noise: `lr` must be below 2 samples / unknowns, or they grow. Of a
-    mean-field family, `lr` must be below two over the largest eigenvalue of the precision in units of its diagonal, which
-    correlated unknowns make large; there Adam is the better choice.
+    Errors of a dense or low-rank scale feed their own noise: `lr` must be below 2 samples / unknowns, or they grow. An error of
+    the mean is noise in the scale as well, of which pairs of draws (`Antithetic()`) leave nothing. Of a mean-field family, `lr`
+    must be below two over the largest eigenvalue of the precision in units of its diagonal, which correlated unknowns make
+    large; there Adam is the better choice.
 
     Attributes:
         lr: Fraction of the full step.
@@ -132,19 +134,36 @@ def _mean_field(posterior: MeanFieldNormal) -> dict[str, Tensor]:
 
 
 def _full_rank(posterior: FullRankNormal) -> dict[str, Tensor]:
-    n = len(posterior.mu)
-    row, column = torch.tril_indices(n, n, offset=-1)
-    L = posterior().scale.apply(torch.eye(n, dtype=torch.float64)).T
-    slope = torch.diag(_gradient(posterior.log_diagonal) / L.diagonal())
-    slope[row, column] = _gradient(posterior.below)
-    A = (L.T @ slope).tril()
+    prior, L = posterior.prior, posterior.tril()
+    A = _lower_of_product(L, unpacked(_gradient(posterior.log_diagonal) / L.diagonal(), _gradient(posterior.below)))
     A.diagonal().mul_(0.5)
-    step = L @ A
+    step = _lower_product(L, A)
+    gradient = prior.gather(_gradient(posterior.mu))
     return {
-        "mu": L @ (L.T @ _gradient(posterior.mu)),
+        "mu": prior.scatter(L @ (L.T @ gradient)),
         "log_diagonal": step.diagonal() / L.diagonal(),
-        "below": step[row, column],
+        "below": packed(step),
     }
+
+
+def _lower_of_product(L: Tensor, G: Tensor) -> Tensor:
+    """The lower triangle of L' G, both lower triangular: by blocks of rows, at a sixth of the cost of all of it."""
+    result = torch.zeros_like(L)
+    for first, last in _blocks(len(L)):
+        result[first:last, :last] = L[first:, first:last].T @ G[first:, :last]
+    return result.tril_()
+
+
+def _lower_product(L: Tensor, A: Tensor) -> Tensor:
+    """L A, both lower triangular: by blocks of rows, at a third of the cost of a full product."""
+    result = torch.zeros_like(L)
+    for first, last in _blocks(len(L)):
+        result[first:last, :last] = L[first:last, :last] @ A[:last, :last]
+    return result
+
+
+def _blocks(n: int) -> list[tuple[int, int]]:
+    return [(first, min(first + BLOCK, n)) for first in range(0, n, BLOCK)]
 
 
 def _low_rank(posterior: LowRankNormal) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +25,8 @@ class Adam:
         lr: Learning rate, in whitened coordinates.
         betas: Decay of the two moments.
         eps: Added to the root of the second moment, in nats per whitened unit.
+        pair_lr: Learning rate of parameters with an entry for each pair of unknowns, such as `FullRankNormal.below`; None for
+            `lr`.
 
     References:
         Kingma, Ba (2015), Adam: a method for stochastic optimization.
@@ -31,17 +35,38 @@ class Adam:
     lr: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    pair_lr: float | None = None
 
     def __post_init__(self) -> None:
         positive("Adam: lr", self.lr)
         positive("Adam: eps", self.eps)
+        if self.pair_lr is not None:
+            positive("Adam: pair_lr", self.pair_lr)
+
+    def __repr__(self) -> str:
+        pair = "" if self.pair_lr is None else f", pair_lr={self.pair_lr}"
+        return f"Adam(lr={self.lr}, betas={self.betas}, eps={self.eps}{pair})"
 
     def __call__(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """A torch optimiser of these parameters: one pass over each, where torch has that."""
         given = list(parameters)
+        return self._of_groups([{"params": given}] if given else [])
+
+    def create(self, posterior: nn.Module) -> torch.optim.Optimizer:
+        """A torch optimiser of a posterior, with `pair_lr` for the parameters that its `pairs` names."""
+        if self.pair_lr is None:
+            return self(posterior.parameters())
+        pairs = getattr(posterior, "pairs", ())
+        # Neighbours make a group, so that the optimiser knows parameters by the places they have in the posterior.
+        groups = groupby(posterior.named_parameters(), key=lambda named: named[0] in pairs)
+        rates = {True: self.pair_lr, False: self.lr}
+        return self._of_groups([{"params": [value for _, value in named], "lr": rates[pair]} for pair, named in groups])
+
+    def _of_groups(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        given = [x for group in groups for x in group["params"]]
         # One pass reads parameters, gradients and moments as they lie in memory, which must be in the same way: row by row.
         fused = all(x.is_contiguous() and x.device.type in ("cpu", "cuda") for x in given) and len(given) > 0
-        return torch.optim.Adam(given, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
+        return torch.optim.Adam(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
 
 @dataclass(frozen=True)
@@ -78,7 +103,8 @@ def default_optimizer(posterior: nn.Module, num_unknowns: int, *, linearised: bo
     A posterior has its own where it has a method `default_optimizer()`.
 
     A step of Adam moves each of n entries by up to `lr`, all of them by `lr sqrt(n)`, while the entries of a gradient shrink
-    like 1 / sqrt(n) as a mesh is refined: `lr` and `eps` that do so too make a fit independent of the mesh.
+    like 1 / sqrt(n) as a mesh is refined: `lr` and `eps` that do so too make a fit independent of the mesh. The entries of a
+    dense factor, one for each pair of unknowns, change it by up to n times their step: theirs shrinks like 1 / n.
 
     A fit from the linearised posterior is nearly there. It takes small steps, and an `eps` of the order of gradients that no
     longer matter, without which Adam would turn rounding errors at an exact posterior into full steps.
@@ -92,7 +118,8 @@ def default_optimizer(posterior: nn.Module, num_unknowns: int, *, linearised: bo
     if own is not None:
         return own()
     root = math.sqrt(num_unknowns)
-    return Adam(lr=0.003 / root, eps=0.2 / root) if linearised else Adam(lr=0.5 / root)
+    lr, eps = (0.003 / root, 0.2 / root) if linearised else (0.5 / root, Adam.eps)
+    return Adam(lr=lr, eps=eps, pair_lr=lr / root if getattr(posterior, "pairs", ()) else None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

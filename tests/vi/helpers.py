@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,6 @@ FAMILIES: dict[str, Callable[[FieldPrior], nn.Module]] = {
     "low-rank": lambda prior: LowRankNormal(prior, 2),
     "low-rank, free diagonal": lambda prior: LowRankNormal(prior, 3, diagonal=FreeDiagonal()),
 }
-FIELD_FAMILIES = {name: family for name, family in FAMILIES.items() if name != "full-rank"}
 
 
 def numbers(seed: int, *shape: int) -> Tensor:
@@ -86,6 +85,11 @@ def perturb(posterior: nn.Module, *, seed: int = 10, size: float = 0.5) -> None:
                 value += posterior.prior.scatter(size * numbers(seed + k, *value.shape[:-1], posterior.prior.num_global))
             else:
                 value += size * numbers(seed + k, *value.shape)
+
+
+def gathered(posterior: nn.Module, values: Mapping[str, Tensor]) -> list[Tensor]:
+    """Parameters, or their gradients, by name, as every rank sees them: field tensors gathered, replicated ones as they are."""
+    return [posterior.prior.gather(value) if name in posterior.fields else value for name, value in values.items()]
 
 
 def dense(posterior: nn.Module) -> MultivariateNormal:

@@ -25,17 +25,18 @@ from fem_vi.vi.fit import NotFinite, fit
 from fem_vi.vi.likelihood import GaussianNoise
 from fem_vi.vi.multiplicative_noise import MultiplicativeNoise
 from fem_vi.vi.objective import ELBO, AnalyticKL, PathDerivative
-from fem_vi.vi.optimizer import Adam, Constant, Cosine
+from fem_vi.vi.optimizer import Adam, Constant, Cosine, default_optimizer
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.low_rank import FreeDiagonal, LowRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
+from fem_vi.vi.posterior.mixture import Mixture
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.run import COLUMNS
 from fem_vi.vi.start import GaussNewton, PresentParameters
 from fem_vi.vi.student_noise import StudentNoise
 from fem_vi.vi.unknown_scale import UnknownScale
-from tests.vi.helpers import F64, FAMILIES, FIELD_FAMILIES, Affine, split_pair
+from tests.vi.helpers import F64, FAMILIES, Affine, split_pair
 
 
 def numbers_of(run):
@@ -668,13 +669,35 @@ def test_other_optimisers_and_schedules(tmp_path):
     assert "momentum" in run.config["optimizer"]
 
 
+def test_entries_of_a_dense_factor_take_steps_of_their_own():
+    prior = Affine.create().prior
+    posterior = Mixture([FullRankNormal(prior), MeanFieldNormal(prior)])
+    before = {name: value.detach().clone() for name, value in posterior.named_parameters()}
+    optimizer = Adam(lr=0.1, pair_lr=0.01).create(posterior)
+    for value in posterior.parameters():
+        value.grad = torch.full_like(value, 3.0)
+    optimizer.step()
+    steps = {name: float((before[name] - value).detach().mean()) for name, value in posterior.named_parameters()}
+    assert steps.pop("components.0.below") == pytest.approx(0.01)
+    assert list(steps.values()) == pytest.approx([0.1] * 5)
+    # By its place among the parameters a checkpoint knows whose moments it holds.
+    taken = [value for group in optimizer.param_groups for value in group["params"]]
+    assert [id(value) for value in taken] == [id(value) for value in posterior.parameters()]
+    assert (
+        repr(default_optimizer(posterior, 4, linearised=False)) == "Adam(lr=0.25, betas=(0.9, 0.999), eps=1e-08, pair_lr=0.125)"
+    )
+    assert repr(default_optimizer(MeanFieldNormal(prior), 4, linearised=False)) == "Adam(lr=0.25, betas=(0.9, 0.999), eps=1e-08)"
+    with pytest.raises(InvalidInput, match="pair_lr is 0"):
+        Adam(pair_lr=0)
+
+
 @pytest.mark.mpi
-@pytest.mark.parametrize("name", FIELD_FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_split_over_ranks(name):
     runs = []
     for problem in split_pair():
         torch.manual_seed(3)
-        posterior = FIELD_FAMILIES[name](problem.prior)
+        posterior = FAMILIES[name](problem.prior)
         runs.append(fit(problem, posterior, ELBO(samples=4), steps=10))
     ours, reference = runs
     torch.testing.assert_close(

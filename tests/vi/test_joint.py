@@ -83,7 +83,7 @@ def test_gradients_through_the_parts():
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("family", [MeanFieldNormal, lambda prior: LowRankNormal(prior, 2)])
+@pytest.mark.parametrize("family", [MeanFieldNormal, FullRankNormal, lambda prior: LowRankNormal(prior, 2)])
 def test_posteriors_and_samplers_over_a_joint_prior(family):
     joint, alone = pair()
     A, y = numbers(8, 3, 7), numbers(9, 3)

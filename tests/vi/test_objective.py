@@ -16,7 +16,7 @@ from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.start import GaussNewton, PresentParameters, default_start
-from tests.vi.helpers import F64, FAMILIES, FIELD_FAMILIES, Affine, perturb, split_pair
+from tests.vi.helpers import F64, FAMILIES, Affine, gathered, perturb, split_pair
 
 EXACT = {
     "full-rank": FullRankNormal,
@@ -154,17 +154,17 @@ def test_default_start_takes_new_posteriors_only():
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("name", FIELD_FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_split_over_ranks(name):
     results = []
     for problem in split_pair():
         torch.manual_seed(3)
-        posterior = FIELD_FAMILIES[name](problem.prior)
+        posterior = FAMILIES[name](problem.prior)
         GaussNewton()(problem, posterior)
         perturb(posterior, size=0.1)
         terms = ELBO(samples=4)(problem, posterior)
         terms.loss.backward()
-        grads = [problem.prior.gather(value.grad) for value in posterior.parameters()]
+        grads = gathered(posterior, {key: value.grad for key, value in posterior.named_parameters()})
         results.append([terms.elbo, terms.kl, terms.log_likelihood, *grads])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)

@@ -41,7 +41,7 @@ def test_coordinates_are_inverse_to_each_other_and_have_the_density_of_the_jacob
     affine = Affine.create()
     base = Coordinates.of(affine.prior, flow_near(affine, direction))
     n = affine.prior.num_global
-    scale = TriangularScale(torch.tril(0.2 * numbers(8, n, n), -1) + 1.5 * torch.eye(n, dtype=F64))
+    scale = TriangularScale(affine.prior, torch.tril(0.2 * numbers(8, n, n), -1) + 1.5 * torch.eye(n, dtype=F64))
     coordinates = Coordinates(affine.prior, (Layer(numbers(9, n), scale),), base.transport)
     x = numbers(3, 4, n)
     xi, logdet = coordinates.weighed(x)

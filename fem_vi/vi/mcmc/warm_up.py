@@ -92,7 +92,7 @@ def _learned(target: Target, x: Tensor, adaptation: Adaptation) -> Coordinates:
     scale: Scale
     if isinstance(adaptation, LearnDense):
         covariance = share * crowd.together(delta.T @ delta) / count + (1.0 - share) * torch.eye(len(mean), dtype=x.dtype)
-        scale = TriangularScale(torch.linalg.cholesky(covariance))
+        scale = TriangularScale(old.prior, torch.linalg.cholesky(covariance))
     else:
         variance = share * crowd.together(delta.square().sum(0)) / count + (1.0 - share)
         scale = DiagonalScale(old.prior, 0.5 * variance.log())

@@ -87,6 +87,7 @@ class Mixture(FamilyOverPrior):
         components: Those.
         logits: Of the weights, `(K,)`, replicated; equal at first.
         fields: Names of the parameters that are field tensors.
+        pairs: Names of the parameters with an entry for each pair of unknowns.
 
     Raises:
         InvalidInput: Where there are fewer than two components, one is no normal family or given twice, or their priors differ.
@@ -112,9 +113,12 @@ class Mixture(FamilyOverPrior):
                 raise InvalidInput("Mixture: the components have different priors; make all over one prior.")
         self.components = nn.ModuleList(components)
         self.logits = nn.Parameter(torch.zeros(len(components), dtype=torch.float64))
-        self.fields = tuple(
-            f"components.{k}.{name}" for k, component in enumerate(components) for name in getattr(component, "fields", ())
-        )
+        self.fields = self._named("fields")
+        self.pairs = self._named("pairs")
+
+    def _named(self, kind: str) -> tuple[str, ...]:
+        """The names that the components list under `kind`, as they are called here."""
+        return tuple(f"components.{k}.{name}" for k, each in enumerate(self.components) for name in getattr(each, kind, ()))
 
     def __call__(self) -> MixtureDistribution:
         """The distribution at the present parameters."""

@@ -1,7 +1,7 @@
 """Square roots S of a covariance in whitened coordinates: xi = mu + S eps, eps ~ N(0, I).
 
-Only the product with S, the quadratic form of (S S')^-1, log det S and the trace of S S' are ever needed, so no square
-matrix over a field is formed.
+Only the product with S, the quadratic form of (S S')^-1, log det S and the trace of S S' are ever needed, so that no square
+matrix over a field is formed but by the dense family.
 """
 
 from __future__ import annotations
@@ -69,34 +69,48 @@ class DiagonalScale:
 
 @dataclass(frozen=True)
 class TriangularScale:
-    """S lower triangular and dense, for replicated unknowns.
+    """S lower triangular and dense, over all unknowns in the order of `prior.gather`.
+
+    Every rank holds the whole of S and does the same products with gathered vectors. So the gradient with respect to S is
+    complete on every rank, what is sent are vectors, and S does not depend on the partition.
 
     Attributes:
-        tril: `(n, n)`, lower triangular with positive diagonal, replicated.
+        prior: Knows how the unknowns are spread over ranks.
+        tril: S, `(n, n)`, lower triangular with positive diagonal, replicated.
     """
 
+    prior: FieldPrior
     tril: Tensor
 
     def apply(self, eps: Tensor) -> Tensor:
-        """S eps, `(*batch, n)`."""
-        return eps @ self.tril.T
+        """S eps, `(*batch, n_owned)`."""
+        return self.prior.scatter(self.prior.gather(eps) @ self.tril.T)
 
     def solve(self, delta: Tensor) -> Tensor:
-        """S^-1 delta, `(*batch, n)`."""
-        rows = delta.reshape(-1, delta.shape[-1])
-        return torch.linalg.solve_triangular(self.tril, rows.T, upper=False).T.reshape(delta.shape)
+        """S^-1 delta, `(*batch, n_owned)`."""
+        return self.prior.scatter(self._solved(delta))
 
     def quadratic(self, delta: Tensor) -> Tensor:
-        """|S^-1 delta|^2, `(*batch,)`."""
-        return self.solve(delta).square().sum(-1)
+        """|S^-1 delta|^2, `(*batch,)`, replicated."""
+        return self._solved(delta).square().sum(-1)
 
     def logdet(self) -> Tensor:
-        """Sum of the logarithms of the diagonal, scalar."""
+        """Sum of the logarithms of the diagonal, scalar, replicated."""
         return self.tril.diagonal().log().sum()
 
     def trace(self) -> Tensor:
-        """Squared Frobenius norm of S, scalar."""
-        return self.tril.square().sum()
+        """Squared Frobenius norm of S, scalar, replicated."""
+        return self.tril.flatten().dot(self.tril.flatten())
+
+    def columns(self) -> Tensor:
+        """The columns of S as field tensors, `(n, n_owned)`."""
+        return self.prior.scatter(self.tril.T)
+
+    def _solved(self, delta: Tensor) -> Tensor:
+        """S^-1 delta, `(*batch, n)`, replicated."""
+        whole = self.prior.gather(delta)
+        rows = whole.reshape(-1, whole.shape[-1])
+        return torch.linalg.solve_triangular(self.tril, rows.T, upper=False).T.reshape(whole.shape)
 
 
 # The square root of a low-rank update of the precision.
