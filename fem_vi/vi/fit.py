@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,13 +30,22 @@ from fem_vi.output import (
 from fem_vi.parallel import agree_on_error, all_values, raise_on_all, shared_seed
 from fem_vi.vi.description import differing, name_of
 from fem_vi.vi.interrupt import noted_signals
+from fem_vi.vi.interval import Clock, Seconds, checked_interval
 from fem_vi.vi.lbfgs import LBFGS
 from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.natural import NaturalGradient
 from fem_vi.vi.objective import Objective, Terms
-from fem_vi.vi.optimizer import Constant, Cosine, OptimizerFactory, default_optimizer, set_learning_rate
+from fem_vi.vi.optimizer import (
+    Clipped,
+    ConstantRate,
+    Cosine,
+    OptimizerFactory,
+    default_optimizer,
+    set_learning_rate,
+    shorten,
+)
 from fem_vi.vi.problem import Cost, InverseProblem, Problem
-from fem_vi.vi.progress import progress_bar
+from fem_vi.vi.progress import progress_bar, tell
 from fem_vi.vi.randomness import private_generator
 from fem_vi.vi.run import (
     COLUMNS,
@@ -57,6 +67,8 @@ from fem_vi.vi.stopping import AllSteps, Average, Best, Last, Plateau
 STATIONARY = 1e-6
 EXACT = 1e-4
 
+Unclipped = OptimizerFactory | NaturalGradient | LBFGS
+
 
 def fit(
     problem: Problem,
@@ -66,11 +78,11 @@ def fit(
     steps: int,
     path: str | Path | None = None,
     resume: bool = False,
-    optimizer: OptimizerFactory | NaturalGradient | LBFGS | None = None,
-    schedule: Callable[[float], float] | Cosine | Constant = Cosine(),  # noqa: B008 - frozen
+    optimizer: Unclipped | Clipped | None = None,
+    schedule: Callable[[float], float] | Cosine | ConstantRate = Cosine(),  # noqa: B008 - frozen
     start: GaussNewton | NewtonCG | PresentParameters | None = None,
     seed: int = 0,
-    checkpoint_every: int = 50,
+    checkpoint_every: int | Seconds = 50,
     stop: Callable[[Sequence[Row]], bool] | AllSteps | Plateau = AllSteps(),  # noqa: B008 - frozen
     keep: Last | Best | Average = Last(),  # noqa: B008 - frozen
     callbacks: Sequence[Callable[[Row], None]] = (),
@@ -79,8 +91,9 @@ def fit(
 
     With a path, the run folder holds config.json, history.csv, checkpoints, the fitted parameters as safetensors and the
     mean and standard deviation as fields. A fit that was killed goes on with `resume=True` from its newest sound checkpoint,
-    and on the same number of ranks gives the same numbers, bit for bit, as one that was not. There, SIGINT and SIGTERM end it
-    between two steps, with a checkpoint and `FitInterrupted`, which says so; a second one acts at once.
+    and on the same number of ranks gives the same numbers, bit for bit, as one that was not. There, SIGINT, SIGTERM and SIGUSR1
+    end it between two steps, with a checkpoint and `FitInterrupted`, which says so; a second SIGINT or SIGTERM acts at once.
+    OpenMPI's mpirun passes SIGUSR1 on; after a SIGINT or SIGTERM of its own it kills its ranks within half a second.
 
     Args:
         problem: `InverseProblem`: prior, forward map, likelihood, data; or another that the objective knows (`Problem`).
@@ -90,13 +103,14 @@ def fit(
         path: Run folder to write, or None. The same for all ranks.
         resume: Go on with the run in `path`, where there is one.
         optimizer: Makes a torch optimiser from parameters; for fields an elementwise one (Adam, SGD, RMSprop), or
-            `NaturalGradient()` for the normal families, or `LBFGS()`, with one draw of noise for the whole fit. None takes
-            Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`, 0.5 / sqrt(unknowns) otherwise; a `Flow` has its own.
-        schedule: Factor on the learning rate after a fraction of the steps.
+            `NaturalGradient()` for the normal families, or `LBFGS()`, with one draw of noise for the whole fit; `Clipped(...)`
+            of the first kind shortens long gradients. None takes Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`,
+            0.5 / sqrt(unknowns) otherwise; a `Flow` has its own.
+        schedule: Factor on the learning rate after a fraction of the steps: `Cosine()`, `ConstantRate()`, or a function.
         start: `GaussNewton()`, `NewtonCG()` or `PresentParameters()`; None takes the first for a new posterior with at most
             1,000 data.
         seed: Of the samples; rank 0's counts. The state of torch's generator is left as it was found.
-        checkpoint_every: Steps between checkpoints.
+        checkpoint_every: Steps between checkpoints, or `Seconds(60)`.
         stop: Whether to stop before all steps are done, from the history: `Plateau()`, for example.
         keep: `Last()`; or `Best()` to end with the parameters that had the best mean ELBO over a window, `Average()` with a mean
             of those of the last steps.
@@ -124,7 +138,7 @@ def fit(
         instance("objective", objective, Callable)  # type: ignore[arg-type]
         instance("path", path, str, PathLike, NoneType)
         instance("resume", resume, bool)
-        instance("optimizer", optimizer, Callable, NaturalGradient, LBFGS, NoneType)  # type: ignore[arg-type]
+        instance("optimizer", optimizer, Callable, Clipped, NaturalGradient, LBFGS, NoneType)  # type: ignore[arg-type]
         if isinstance(optimizer, LBFGS) and isinstance(problem, MinibatchProblem):
             raise InvalidInput(
                 "LBFGS() has one draw of noise for the whole fit, and so one batch of a MinibatchProblem: all other data would "
@@ -139,7 +153,7 @@ def fit(
         instance("callbacks", callbacks, Sequence)
         for callback in callbacks:
             instance("callbacks: an entry", callback, Callable)  # type: ignore[arg-type]
-        steps, checkpoint_every = whole("steps", steps, least=1), whole("checkpoint_every", checkpoint_every, least=1)
+        steps, checkpoint_every = whole("steps", steps, least=1), checked_interval(checkpoint_every)
         seed = whole("seed", seed)
         if not torch.is_grad_enabled():
             raise InvalidInput("fit takes gradients, and torch.no_grad or inference_mode is on. Call it outside of that block.")
@@ -151,30 +165,48 @@ def fit(
     seed = shared_seed(comm, seed)
     with private_generator(seed), ExitStack() as holding:
         begin = default_start(problem, posterior) if start is None else start
-        if resume and folder is not None and start is None and optimizer is None:
-            begin = _stored_start(problem, posterior, folder, begin)
-        if optimizer is None:
-            optimizer = default_optimizer(posterior, problem.prior.num_global, linearised=starts_linearised(begin, posterior))
+        if resume and folder is not None and start is None:
+            begin = _stored_start(problem, folder, begin)
+        optimizer, longest = _chosen(optimizer, problem, posterior, begin)
         steps_of = _create(optimizer, problem, posterior, objective)
-        session = Session(problem, posterior, objective, steps_of, schedule, steps, keep=keep)
+        session = Session(problem, posterior, objective, steps_of, schedule, steps, keep=keep, longest=longest)
         session.noise = seed if isinstance(optimizer, LBFGS) else None
         session.continue_from(Cost(), 0.0)
-        choices: dict[str, object] = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
+        named = optimizer if longest == math.inf else Clipped(optimizer, longest)  # type: ignore[arg-type]
+        choices: dict[str, object] = {"objective": objective, "optimizer": named, "schedule": schedule, "start": begin}
         choices |= {"stop": stop, "keep": keep}
         config = _describe(session, choices, seed)
         if folder is not None and isinstance(problem, InverseProblem):
             config["problem"]["forward"] = describe_forward(problem)
         if folder is None or not _restore(session, folder, config, resume, holding):
             begin(problem, posterior)  # type: ignore[arg-type]  # only an InverseProblem can be linearised
-        _loop(session, folder, checkpoint_every, callbacks, stop)
+        elif session.step == steps or stop(session.history):
+            words = f"{folder} holds a fit that ended after step {session.step} of {steps}: no step was taken."
+            tell(f"{words} More steps= go on from there.", show=comm.rank == 0)
+        _loop(session, folder, Clock(checkpoint_every), callbacks, stop)
         session.take_kept()
         if folder is not None:
             _write_results(session, folder)
     return Run(posterior, tuple(session.history), config, session.cost(), folder)
 
 
+def _chosen(
+    optimizer: Unclipped | Clipped | None,
+    problem: Problem,
+    posterior: nn.Module,
+    begin: GaussNewton | NewtonCG | PresentParameters,
+) -> tuple[Unclipped, float]:
+    """The optimiser, that of the posterior where none was given, and how long gradients may be."""
+    given = optimizer.optimizer if isinstance(optimizer, Clipped) else optimizer
+    longest = optimizer.norm if isinstance(optimizer, Clipped) else math.inf
+    if given is None:
+        linearised = starts_linearised(begin, posterior)
+        given = default_optimizer(posterior, problem.prior.num_global, linearised=linearised)
+    return given, longest
+
+
 def _create(
-    optimizer: OptimizerFactory | NaturalGradient | LBFGS,
+    optimizer: Unclipped,
     problem: Problem,
     posterior: nn.Module,
     objective: Objective,
@@ -206,22 +238,19 @@ def _check_same_on_all_ranks(problem: Problem, posterior: nn.Module, given: Mapp
 
 
 def _stored_start(
-    problem: Problem, posterior: nn.Module, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
+    problem: Problem, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
 ) -> GaussNewton | NewtonCG | PresentParameters:
     """The start that the run in a folder chose by default; `begin` where there is no such run. Collective.
 
     The default depends on whether the posterior is new, and one that was fitted before in this process is not.
     """
-    prior = problem.prior
+    comm = problem.prior.comm
     name = ""
-    with raise_on_all(prior.comm):
-        if prior.comm.rank == 0 and (folder / "config.json").exists():
-            name = str(read_json(folder / "config.json").get("optimizer"))
-    name = all_values(prior.comm, name)[0]
-    names = [name_of(default_optimizer(posterior, prior.num_global, linearised=linearised)) for linearised in (True, False)]
-    if names[0] == names[1] or name not in names:
-        return begin
-    return GaussNewton() if name == names[0] else PresentParameters()
+    with raise_on_all(comm):
+        if comm.rank == 0 and (folder / "config.json").exists():
+            name = str(read_json(folder / "config.json").get("start"))
+    name = all_values(comm, name)[0]
+    return next((each for each in (GaussNewton(), PresentParameters()) if name_of(each) == name), begin)
 
 
 def _describe(session: Session, choices: Mapping[str, object], seed: int) -> dict[str, Any]:
@@ -293,7 +322,7 @@ def _check_same_run(stored: dict[str, Any], config: dict[str, Any], folder: Path
 def _loop(
     session: Session,
     folder: Path | None,
-    checkpoint_every: int,
+    clock: Clock,
     callbacks: Sequence[Callable[[Row], None]],
     stop: Callable[[Sequence[Row]], bool],
 ) -> None:
@@ -306,7 +335,7 @@ def _loop(
     try:
         with (
             progress_bar(session.steps, done=session.step, show=comm.rank == 0) as show,
-            noted_signals(active=folder is not None) as signals,
+            noted_signals(active=folder is not None, says=comm.rank == 0) as signals,
         ):
             while session.step < session.steps and not stop(session.history):
                 row = _take_step(session)
@@ -321,10 +350,12 @@ def _loop(
                         callback(row)
                 if folder is None:
                     continue
-                names = [name for name in all_values(comm, signals.name) if name is not None]
+                names, due = zip(*all_values(comm, (signals.name, clock.is_due(session.step))), strict=True)
+                names = tuple(name for name in names if name is not None)
                 ends = session.step == session.steps or stop(session.history) or bool(names)
-                if session.step % checkpoint_every == 0 or ends:
+                if due[0] or ends:
                     _save(session, folder, file)
+                    clock.reset()
                 if names:
                     raise FitInterrupted(
                         f"{names[0]} came: the fit stopped after step {session.step} of {session.steps}, and {folder} holds a "
@@ -352,12 +383,21 @@ def _take_step(session: Session) -> Row:
     _check_finite(session, terms)
     terms.loss.backward()  # type: ignore[no-untyped-call]
     norm = _grad_norm(session)
+    if norm > session.longest:
+        shorten(session.posterior.parameters(), session.longest / norm)
     if norm > STATIONARY and not _is_exact(terms):
         session.optimizer.step(session.loss) if session.noise is not None else session.optimizer.step()
     session.step += 1
-    elbo, kl, misfit = float(terms.elbo), float(terms.kl), float(terms.misfit)
-    seconds = time.monotonic() - session.began
-    return Row(session.step, elbo, kl, misfit, norm, session.cost().solves, seconds)
+    return Row(
+        step=session.step,
+        elbo=float(terms.elbo),
+        kl=float(terms.kl),
+        misfit=float(terms.misfit),
+        loss=float(terms.loss.detach()),
+        grad_norm=norm,
+        solves=session.cost().solves,
+        seconds=time.monotonic() - session.began,
+    )
 
 
 def _is_exact(terms: Terms) -> bool:
