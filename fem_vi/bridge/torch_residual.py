@@ -97,7 +97,7 @@ class TorchResidual(nn.Module):
         """Evaluate; see the class."""
         if rows is not None:
             raise InvalidInput(
-                "TorchResidual: rows= is for Residual, whose mesh tells which cells reach a row. Here all rows are evaluated: take "
+                "TorchResidual: rows= is for Residual, whose mesh tells which cells reach a row. Here all are evaluated: take "
                 "residual(u, *inputs)[..., rows]."
             )
         given = [u, *inputs]
