@@ -9,26 +9,15 @@ from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 from torch import nn
 
 from fem_vi.arguments import instance, whole
-from fem_vi.errors import FitInterrupted, InvalidInput, NotFinite, RunFolderError
-from fem_vi.output import (
-    HistoryFile,
-    create_run_folder,
-    held,
-    newest_sound_step,
-    read_checkpoint,
-    read_json,
-    write_checkpoint,
-    write_json,
-    write_tensors,
-)
+from fem_vi.errors import FitInterrupted, InvalidInput, NotFinite
+from fem_vi.output import HistoryFile
 from fem_vi.parallel import agree_on_error, all_values, raise_on_all, shared_seed
-from fem_vi.vi.description import differing, name_of
+from fem_vi.vi.description import name_of
 from fem_vi.vi.interrupt import noted_signals
 from fem_vi.vi.interval import Clock, Seconds, checked_interval
 from fem_vi.vi.lbfgs import LBFGS
@@ -47,17 +36,11 @@ from fem_vi.vi.optimizer import (
 from fem_vi.vi.problem import Cost, InverseProblem, Problem
 from fem_vi.vi.progress import progress_bar, tell
 from fem_vi.vi.randomness import private_generator
-from fem_vi.vi.run import (
-    COLUMNS,
-    Row,
-    Run,
-    describe_forward,
-    describe_versions,
-    rows_of,
-)
-from fem_vi.vi.session import Session, make_checkpoint, take_checkpoint
+from fem_vi.vi.run import COLUMNS, Row, Run, describe_forward
+from fem_vi.vi.run_folder import describe, restore, save, stored_start, write_results
+from fem_vi.vi.session import Session
 from fem_vi.vi.start import GaussNewton, NewtonCG, PresentParameters, default_start, starts_linearised
-from fem_vi.vi.state import gather_parameters, is_field
+from fem_vi.vi.state import is_field
 from fem_vi.vi.stopping import AllSteps, Average, Best, Last, Plateau
 
 # Where nothing but rounding errors is left, Adam would scale them up to full steps, and precise data make these costly. Two
@@ -166,7 +149,7 @@ def fit(
     with private_generator(seed), ExitStack() as holding:
         begin = default_start(problem, posterior) if start is None else start
         if resume and folder is not None and start is None:
-            begin = _stored_start(problem, folder, begin)
+            begin = stored_start(problem, folder, begin)
         optimizer, longest = _chosen(optimizer, problem, posterior, begin)
         steps_of = _create(optimizer, problem, posterior, objective)
         session = Session(problem, posterior, objective, steps_of, schedule, steps, keep=keep, longest=longest)
@@ -175,10 +158,10 @@ def fit(
         named = optimizer if longest == math.inf else Clipped(optimizer, longest)  # type: ignore[arg-type]
         choices: dict[str, object] = {"objective": objective, "optimizer": named, "schedule": schedule, "start": begin}
         choices |= {"stop": stop, "keep": keep}
-        config = _describe(session, choices, seed)
+        config = describe(session, choices, seed)
         if folder is not None and isinstance(problem, InverseProblem):
             config["problem"]["forward"] = describe_forward(problem)
-        if folder is None or not _restore(session, folder, config, resume, holding):
+        if folder is None or not restore(session, folder, config, resume, holding):
             begin(problem, posterior)  # type: ignore[arg-type]  # only an InverseProblem can be linearised
         elif session.step == steps or stop(session.history):
             words = f"{folder} holds a fit that ended after step {session.step} of {steps}: no step was taken."
@@ -186,7 +169,7 @@ def fit(
         _loop(session, folder, Clock(checkpoint_every), callbacks, stop)
         session.take_kept()
         if folder is not None:
-            _write_results(session, folder)
+            write_results(session, folder)
     return Run(posterior, tuple(session.history), config, session.cost(), folder)
 
 
@@ -237,88 +220,6 @@ def _check_same_on_all_ranks(problem: Problem, posterior: nn.Module, given: Mapp
             )
 
 
-def _stored_start(
-    problem: Problem, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
-) -> GaussNewton | NewtonCG | PresentParameters:
-    """The start that the run in a folder chose by default; `begin` where there is no such run. Collective.
-
-    The default depends on whether the posterior is new, and one that was fitted before in this process is not.
-    """
-    comm = problem.prior.comm
-    name = ""
-    with raise_on_all(comm):
-        if comm.rank == 0 and (folder / "config.json").exists():
-            name = str(read_json(folder / "config.json").get("start"))
-    name = all_values(comm, name)[0]
-    return next((each for each in (GaussNewton(), PresentParameters()) if name_of(each) == name), begin)
-
-
-def _describe(session: Session, choices: Mapping[str, object], seed: int) -> dict[str, Any]:
-    """The content of config.json. Collective."""
-    posterior, prior = session.posterior, session.problem.prior
-    shapes = {name: list(value.shape) for name, value in gather_parameters(posterior, prior).items()}
-    return {
-        **{name: name_of(choice) for name, choice in choices.items()},
-        "steps": session.steps,
-        "seed": seed,
-        "ranks": prior.comm.size,
-        "versions": describe_versions(),
-        "problem": session.problem.describe(),
-        "posterior": {"family": type(posterior).__name__, "parameters": shapes},
-    }
-
-
-def _restore(session: Session, folder: Path, config: dict[str, Any], resume: bool, holding: ExitStack) -> bool:
-    """Make the run folder, or take the state of the run that is in it; and keep other processes out, until `holding` ends.
-
-    Returns:
-        True where a checkpoint was taken.
-
-    MPI: Collective.
-    """
-    comm = session.problem.prior.comm
-    step = -1
-    with raise_on_all(comm):
-        if comm.rank == 0:
-            if resume and (folder / "config.json").exists():
-                holding.enter_context(held(folder))
-                _check_same_run(read_json(folder / "config.json"), config, folder)
-                newest = newest_sound_step(folder)
-                step = -1 if newest is None else newest
-                if step > session.steps:
-                    raise RunFolderError(f"{folder} is at step {step} already; steps is {session.steps}.")
-            else:
-                create_run_folder(folder)
-                holding.enter_context(held(folder))
-            write_json(folder / "config.json", config)
-    step = shared_seed(comm, step)
-    if step < 0:
-        return False
-    with raise_on_all(comm):
-        checkpoint = read_checkpoint(folder, step)
-        session.history = rows_of(folder, step)
-    try:
-        take_checkpoint(session, checkpoint)
-    except RunFolderError as error:
-        raise RunFolderError(f"{folder / 'checkpoints'}, step {step}: {error}") from error
-    return True
-
-
-def _check_same_run(stored: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-    for name in ("objective", "optimizer", "schedule", "start", "seed", "posterior", "keep"):
-        if stored.get(name) != config[name]:
-            raise RunFolderError(
-                f"{folder / 'config.json'} is of a run with {name} {stored.get(name)}; this one has {config[name]}. "
-                "Give fit what that run was started with, or another path."
-            )
-    difference = differing(stored.get("problem"), config["problem"])
-    if difference is not None:
-        raise RunFolderError(
-            f"{folder / 'config.json'} is of a run of another problem: they differ in {difference}. "
-            "Give fit that problem, or another path."
-        )
-
-
 def _loop(
     session: Session,
     folder: Path | None,
@@ -354,7 +255,7 @@ def _loop(
                 names = tuple(name for name in names if name is not None)
                 ends = session.step == session.steps or stop(session.history) or bool(names)
                 if due[0] or ends:
-                    _save(session, folder, file)
+                    save(session, folder, file)
                     clock.reset()
                 if names:
                     raise FitInterrupted(
@@ -364,15 +265,6 @@ def _loop(
     finally:
         if file is not None:
             file.close()
-
-
-def _save(session: Session, folder: Path, file: HistoryFile | None) -> None:
-    """Write a checkpoint, after the rows of the history that lead to it. Collective."""
-    checkpoint = make_checkpoint(session)
-    with raise_on_all(session.problem.prior.comm):
-        if file is not None:
-            file.sync()
-            write_checkpoint(folder, checkpoint)
 
 
 def _take_step(session: Session) -> Row:
@@ -437,23 +329,3 @@ def _grad_norm(session: Session) -> float:
         )
     agree_on_error(prior.comm, error)
     return norm
-
-
-@torch.no_grad()
-def _write_results(session: Session, folder: Path) -> None:
-    """The fitted parameters, and the mean and standard deviation as fields. Collective."""
-    prior, posterior = session.problem.prior, session.posterior
-    parameters = gather_parameters(posterior, prior)
-    with raise_on_all(prior.comm):
-        if prior.comm.rank == 0:
-            about = {"family": type(posterior).__name__, "step": session.step}
-            write_tensors(folder / "posterior.safetensors", parameters, about)
-    write_fields = getattr(prior, "write_fields", None)
-    if write_fields is None or getattr(posterior, "is_conditional", False):  # q(m | y) has moments for each y
-        return
-    q = posterior()
-    try:
-        moments = {"mean": q.mean, "sd": q.variance.sqrt()}
-    except NotImplementedError:
-        return
-    write_fields(folder / "fields.xdmf", moments)
