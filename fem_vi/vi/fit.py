@@ -200,7 +200,11 @@ def _create(
             return optimizer.create(posterior)
         if isinstance(optimizer, LBFGS):
             return optimizer.create(posterior, problem.prior, objective)
-        return optimizer(posterior.parameters())
+        made = optimizer(posterior.parameters())
+        instance("what optimizer makes of the parameters", made, torch.optim.Optimizer)
+        if isinstance(made, torch.optim.LBFGS):
+            raise InvalidInput("optimizer makes a torch.optim.LBFGS, whose sums are rank-local, over fresh noise: take LBFGS().")
+        return made
 
 
 def _check_same_on_all_ranks(problem: Problem, posterior: nn.Module, given: Mapping[str, object]) -> None:

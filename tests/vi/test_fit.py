@@ -735,6 +735,27 @@ def test_damaged_configuration_says_what_to_do(tmp_path, content):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.Rprop, torch.optim.Adadelta, torch.optim.ASGD])
+def test_any_optimiser_of_torch_goes_on_bit_by_bit(tmp_path, kind):
+    problem, _ = split_pair()
+    options = {"objective": ELBO(samples=2), "optimizer": kind, "start": PresentParameters(), "schedule": ConstantRate()}
+    whole = fit(problem, low_rank(problem.prior), steps=8, **options)
+    fit(problem, low_rank(problem.prior), steps=3, path=tmp_path / "run", **options)
+    run = fit(problem, low_rank(problem.prior), steps=8, path=tmp_path / "run", resume=True, **options)
+    assert numbers_of(run) == numbers_of(whole)
+
+
+def test_refuses_optimisers_that_it_cannot_step():
+    affine = Affine.create()
+    for optimizer, words in (
+        (torch.optim.LBFGS, r"makes a torch\.optim\.LBFGS.*take LBFGS\(\)"),
+        (lambda parameters: None, "what optimizer makes of the parameters is None"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            fit(affine.problem(), low_rank(affine.prior), ELBO(), steps=1, optimizer=optimizer)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("name", FIELD_FAMILIES)
 def test_split_over_ranks(name):
     runs = []
