@@ -110,6 +110,7 @@ from .vi.field_transform import TransformedField as TransformedField
 from .vi.fit import fit as fit
 from .vi.importance import Corrected as Corrected
 from .vi.importance import corrected_moments as corrected_moments
+from .vi.interval import Seconds as Seconds
 from .vi.joint import Joint as Joint
 from .vi.joint import JointVector as JointVector
 from .vi.laplace import LaplaceNormal as LaplaceNormal
@@ -138,6 +139,9 @@ from .vi.objective import AnalyticKL as AnalyticKL
 from .vi.objective import PathDerivative as PathDerivative
 from .vi.objective import TotalDerivative as TotalDerivative
 from .vi.optimizer import Adam as Adam
+from .vi.optimizer import Clipped as Clipped
+from .vi.optimizer import ConstantRate as ConstantRate
+from .vi.optimizer import Cosine as Cosine
 from .vi.posterior.amortised import Amortised as Amortised
 from .vi.posterior.flow import FastDensity as FastDensity
 from .vi.posterior.flow import FastSampling as FastSampling

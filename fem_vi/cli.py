@@ -36,12 +36,11 @@ def main(
 @app.command()
 def doctor() -> None:
     """Print what this machine has, and one line for each thing that will hurt, with its remedy."""
-    from rich.console import Console
-
     from fem_vi.doctor import look, problems, report
+    from fem_vi.report import console
 
     findings = look()
-    report(findings, Console(quiet=findings.rank > 0))
+    report(findings, console(quiet=findings.rank > 0))
     if any(problem.essential for problem in problems(findings)):
         raise typer.Exit(1)
 

@@ -25,11 +25,12 @@ def _on_rank_0(work: Callable[[Console], None]) -> None:
 
     from fem_vi.errors import FemViError
     from fem_vi.parallel import raise_on_all
+    from fem_vi.report import console
 
     try:
         with raise_on_all(COMM_WORLD):
             if COMM_WORLD.rank == 0:
-                work(Console())
+                work(console())
     except FemViError as error:
         if COMM_WORLD.rank == 0:
             Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import nn
 
+from fem_vi.arguments import instance
 from fem_vi.errors import InvalidInput
 from fem_vi.vi.calibration import Calibration
 from fem_vi.vi.importance import checked_draws, khat_limit, pareto_smoothed, weighted_draws
@@ -53,12 +54,13 @@ def plot_weights(
 
     if not isinstance(posteriors, Mapping) or not posteriors:
         raise InvalidInput(f"posteriors is {posteriors!r:.80}; it must map names to posteriors.")
+    for posterior in posteriors.values():
+        samples, seed, batch = checked_draws(problem, posterior, samples=samples, seed=seed, batch=batch)
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     ax = figure.subplots()
     fraction = np.arange(samples, 0, -1) / samples
     largest = [10.0]
     for name, posterior in posteriors.items():
-        samples, seed, batch = checked_draws(problem, posterior, samples=samples, seed=seed, batch=batch)
         log_weights = weighted_draws(problem, posterior, samples=samples, seed=seed, batch=batch).log_weights
         khat, _, _ = pareto_smoothed(log_weights)
         relative = (log_weights - log_weights.logsumexp(0) + math.log(samples)).sort().values.exp().numpy()
@@ -85,6 +87,9 @@ def plot_calibration(calibration: Calibration) -> Figure:
     Returns:
         The figure.
 
+    Raises:
+        InvalidInput: Where it is something else.
+
     MPI: Not collective.
 
     References:
@@ -92,6 +97,7 @@ def plot_calibration(calibration: Calibration) -> Figure:
     """
     from matplotlib.figure import Figure
 
+    instance("calibration", calibration, Calibration, way_out="It is what calibrate returns.")
     repeats, quantities = calibration.ranks.shape
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1.0])

@@ -35,6 +35,7 @@ from fem_vi.errors import RunFolderError
 
 KEPT_CHECKPOINTS = 2
 LOCK = ".lock"
+REMEDY = "Restore it from a copy, or start anew in another folder."
 NUMBERS = ("forward", "backward", "seconds")
 """What a checkpoint holds besides tensors: samples solved forward and backward, and wall time, since the run began."""
 
@@ -89,10 +90,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged: {error}. {REMEDY}") from error
     if not isinstance(content, dict):
-        raise RunFolderError(f"{path} holds {type(content).__name__}, not a JSON object.")
+        raise RunFolderError(f"{path} is damaged: it holds {type(content).__name__}, not a JSON object. {REMEDY}")
     return content
 
 
@@ -171,11 +174,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         RunFolderError: Where a file is missing, or the checksum is wrong.
     """
-    about = read_json(path.with_suffix(".json"))
     try:
         content = path.read_bytes()
     except OSError as error:
         raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
+    about = read_json(path.with_suffix(".json"))
     if hashlib.sha256(content).hexdigest() != about.pop("sha256", None):
         raise RunFolderError(f"{path} is damaged: its checksum is not the one in {path.with_suffix('.json').name}.")
     try:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fem_vi.arguments import described, instance, whole
 from fem_vi.errors import InvalidInput
 from fem_vi.parallel import max_over_ranks, raise_on_all
 from fem_vi.plot import plot_field
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 MOST_MARGINALS = 12
 MOST_SAMPLES = 4
-BINS = 40
+MOST_BINS = 40
 
 
 def _rows(name: str, m: object, n_owned: int) -> Tensor:
@@ -34,6 +35,12 @@ def _rows(name: str, m: object, n_owned: int) -> Tensor:
         given = tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__
         raise InvalidInput(f"{name} is {given}; it must be draws of m, at least two, (..., {n_owned}).")
     return m.detach().reshape(-1, n_owned)
+
+
+def _check_truth(truth: object, n_owned: int) -> None:
+    if truth is not None and not (isinstance(truth, Tensor) and truth.shape == (n_owned,)):
+        given = tuple(truth.shape) if isinstance(truth, Tensor) else described(truth)
+        raise InvalidInput(f"truth is {given}; it must be one m, a tensor of shape ({n_owned},).")
 
 
 def plot_posterior_field(V: Any, m: Tensor, *, truth: Tensor | None = None, samples: int = 2, label: str = "m") -> Figure:
@@ -52,7 +59,7 @@ def plot_posterior_field(V: Any, m: Tensor, *, truth: Tensor | None = None, samp
         The figure; empty but on rank 0.
 
     Raises:
-        InvalidInput: For other spaces and shapes.
+        InvalidInput: For other spaces, types and shapes.
 
     MPI: Collective.
 
@@ -65,7 +72,8 @@ def plot_posterior_field(V: Any, m: Tensor, *, truth: Tensor | None = None, samp
     comm = V.mesh.comm
     with raise_on_all(comm):
         rows = _rows("m", m, V.dofmap.index_map.size_local)
-        if not 0 <= samples <= MOST_SAMPLES:
+        _check_truth(truth, rows.shape[-1])
+        if whole("samples", samples, least=0) > MOST_SAMPLES:
             raise InvalidInput(f"samples is {samples}; from 0 to {MOST_SAMPLES} draws fit in a row.")
     chosen = torch.linspace(0, len(rows) - 1, samples + 2).round().long()[1:-1]
     shown = {} if truth is None else {"truth": truth.detach()}
@@ -108,7 +116,7 @@ def plot_marginals(
         The figure.
 
     Raises:
-        InvalidInput: For other shapes and numbers.
+        InvalidInput: For other types, shapes and numbers.
 
     MPI: Collective.
 
@@ -118,9 +126,14 @@ def plot_marginals(
     from matplotlib.figure import Figure
 
     count = prior.num_global
-    given = torch.linspace(0, count - 1, min(count, 6)).round().long().tolist() if unknowns is None else list(unknowns)
     with raise_on_all(prior.comm):
+        instance("draws", draws, Mapping, way_out='Name the method: {"HMC": samples.m}.')
+        if unknowns is not None:
+            instance("unknowns", unknowns, Sequence, Tensor, np.ndarray)
+        even = torch.linspace(0, count - 1, min(count, 6)).round().long().tolist()
+        given = even if unknowns is None else [whole("unknowns: an entry", k) for k in np.asarray(unknowns).tolist()]
         rows = {name: _rows(f"draws[{name!r}]", m, prior.event_shape[0]) for name, m in draws.items()}
+        _check_truth(truth, prior.event_shape[0])
         if not rows:
             raise InvalidInput("draws is empty; it must hold draws of m by the name of their method.")
         if not 1 <= len(given) <= MOST_MARGINALS or not all(0 <= k < count for k in given):
@@ -139,7 +152,14 @@ def plot_marginals(
         density = np.exp(-0.5 * ((line - centre[k]) / spread[k]) ** 2) / (spread[k] * math.sqrt(2 * math.pi))
         ax.fill_between(line, density, color="0.85", label="prior")
         for name, m in values.items():
-            ax.hist(m[:, k], bins=BINS, density=True, histtype="step", linewidth=1.4, label=name)
+            ax.hist(
+                m[:, k],
+                bins=min(MOST_BINS, max(10, round(2 * len(m) ** (1 / 3)))),
+                density=True,
+                histtype="step",
+                linewidth=1.4,
+                label=name,
+            )
         if known is not None:
             ax.axvline(known[k], color="k", linestyle="--", linewidth=1, label="truth")
         ax.set_title(f"unknown {number}" if names is None else names[k], fontsize="medium")
@@ -165,12 +185,14 @@ def plot_predictive(check: PredictiveCheck, y: Tensor, *, x: Tensor | None = Non
         The figure.
 
     Raises:
-        InvalidInput: Where lengths differ.
+        InvalidInput: Where an argument is of the wrong type, or lengths differ.
 
     MPI: Not collective.
     """
     from matplotlib.figure import Figure
 
+    instance("check", check, PredictiveCheck, way_out="It is what predictive_check returns.")
+    instance("y", y, Tensor)
     if y.shape != check.median.shape or (x is not None and x.shape != y.shape):
         raise InvalidInput(f"y has shape {tuple(y.shape)}; the check is of {len(check.median)} data (x, where given, too).")
     order = check.median.argsort() if x is None else x.argsort()

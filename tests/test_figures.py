@@ -51,6 +51,10 @@ def test_field_figure_refuses():
         fem_vi.plot_posterior_field(V, torch.zeros(owned))
     with pytest.raises(fem_vi.InvalidInput, match="samples is 9"):
         fem_vi.plot_posterior_field(V, torch.zeros(4, owned), samples=9)
+    with pytest.raises(fem_vi.InvalidInput, match="samples is '2'"):
+        fem_vi.plot_posterior_field(V, torch.zeros(4, owned), samples="2")
+    with pytest.raises(fem_vi.InvalidInput, match=r"truth is \(2,\)"):
+        fem_vi.plot_posterior_field(V, torch.zeros(4, owned), truth=torch.zeros(2))
 
 
 @pytest.mark.mpi
@@ -80,6 +84,21 @@ def test_marginals_refuse():
         fem_vi.plot_marginals(prior, {"x": torch.zeros(3, 2)}, unknowns=[2])
     with pytest.raises(fem_vi.InvalidInput, match="names has 1 entries"):
         fem_vi.plot_marginals(prior, {"x": torch.zeros(3, 2)}, names=["a"])
+    with pytest.raises(fem_vi.InvalidInput, match=r"draws is a Tensor; .*Name the method"):
+        fem_vi.plot_marginals(prior, torch.zeros(3, 2))
+    with pytest.raises(fem_vi.InvalidInput, match="truth is 1"):
+        fem_vi.plot_marginals(prior, {"x": torch.zeros(3, 2)}, truth=1.0)
+
+
+def test_few_draws_are_shown_in_few_bins():
+    prior = fem_vi.GaussianVector(torch.zeros(1))
+    heights = {}
+    for count in (200, 8000):
+        torch.manual_seed(0)
+        figure = fem_vi.plot_marginals(prior, {"x": prior.sample((count,))}, unknowns=torch.tensor([0]))
+        heights[count] = figure.axes[0].patches[0].get_xy()[:, 1]
+    assert len(heights[200]) < len(heights[8000]) / 2
+    assert heights[200].max() == pytest.approx(1 / np.sqrt(2 * np.pi), rel=0.25)
 
 
 def test_predictive_figure_marks_the_data_outside():
@@ -95,6 +114,8 @@ def test_predictive_figure_marks_the_data_outside():
     assert len(inside.get_xdata()) + len(outside.get_xdata()) == 20
     with pytest.raises(fem_vi.InvalidInput, match="check is of 20 data"):
         fem_vi.plot_predictive(check, y[:3])
+    with pytest.raises(fem_vi.InvalidInput, match="It is what predictive_check returns"):
+        fem_vi.plot_predictive(y, y)
 
 
 def test_weights_of_a_right_and_of_a_wrong_posterior():
@@ -113,6 +134,10 @@ def test_weights_of_a_right_and_of_a_wrong_posterior():
     assert narrow_line.get_xdata().max() > 10
     with pytest.raises(fem_vi.InvalidInput, match="posteriors is"):
         fem_vi.plot_weights(affine.problem(), {})
+    with pytest.raises(fem_vi.InvalidInput, match="samples is '300'"):
+        fem_vi.plot_weights(affine.problem(), {"right": right}, samples="300")
+    with pytest.raises(fem_vi.InvalidInput, match="posterior is a MultivariateNormal"):
+        fem_vi.plot_weights(affine.problem(), {"right": affine.posterior()})
 
 
 def test_calibration_figure_leaves_its_band_where_ranks_are_not_uniform():
@@ -126,6 +151,11 @@ def test_calibration_figure_leaves_its_band_where_ranks_are_not_uniform():
     assert (right.get_ydata() + right.get_xdata() <= upper + 1e-12).all()
     assert (low.get_ydata() + low.get_xdata() > upper).any()
     assert (lower <= right.get_xdata() + 1e-12).all()
+
+
+def test_calibration_figure_refuses():
+    with pytest.raises(fem_vi.InvalidInput, match="It is what calibrate returns"):
+        fem_vi.plot_calibration(None)
 
 
 def test_the_band_holds_99_percent_of_uniform_ranks():

@@ -60,7 +60,8 @@ def _batch_axes(name: str, x: object, given: Argument) -> tuple[int, ...]:
         return ()
     event = len(given.shape)
     if x.ndim < event or tuple(x.shape[x.ndim - event :]) != given.shape:
-        hint = " Use fem_vi.distribute to slice a replicated vector." if given.is_field else ""
+        ways = "fem_vi.distribute slices a whole vector; prior.field of a KarhunenLoeveField makes a field of a few numbers."
+        hint = f" {ways}" if given.is_field else ""
         raise InvalidInput(
             f"{name}: {given.label} has shape {tuple(x.shape)}; its last axes must be {given.shape}, as {given.layout}.{hint}"
         )

@@ -64,6 +64,7 @@ class Evolve(BatchedOperator):
 
     Raises:
         InvalidInput: Where the arguments do not fit the weak form; in a call, see `BatchedOperator.__call__`.
+        UnsupportedForm: Where no integral reaches an unknown, and no condition prescribes it.
         SolveFailed: On every rank, where a solver did not converge: which step, which sample, and PETSc's reason.
 
     MPI: Collective, forward and backward.

@@ -91,6 +91,7 @@ class Solve(BatchedOperator):
 
     Raises:
         InvalidInput: See `BatchedOperator.__call__`.
+        UnsupportedForm: Where no integral reaches an unknown, and no condition prescribes it.
         SolveFailed: On every rank, where a solver did not converge: PETSc's reason, iterations, residual, which sample.
 
     MPI: Collective, forward and backward.

@@ -55,7 +55,7 @@ class TorchResidual(nn.Module):
         `torch.func.vmap`, `grad`, `jvp` and, on one rank, `torch.compile`.
 
     Raises:
-        InvalidInput: Wrong number, shape, type or device, or batch axes that do not broadcast.
+        InvalidInput: Wrong number, shape, type or device, batch axes that do not broadcast, or `rows=`.
 
     MPI: Collective where the mesh has several ranks, forward and backward.
     """
@@ -93,8 +93,13 @@ class TorchResidual(nn.Module):
         """The tensors that it takes."""
         return ", ".join(f"{about.label}: {about.shape}" for about in self.plan.given)
 
-    def forward(self, u: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(self, u: Tensor, *inputs: Tensor, rows: None = None) -> Tensor:
         """Evaluate; see the class."""
+        if rows is not None:
+            raise InvalidInput(
+                "TorchResidual: rows= is for Residual, whose mesh tells which cells reach a row. Here all are evaluated: take "
+                "residual(u, *inputs)[..., rows]."
+            )
         given = [u, *inputs]
         axes, batch = self.check(*given)
         buffers = dict(self.named_buffers(recurse=False))

@@ -56,7 +56,7 @@ class BatchMatrix:
         with raise_on_all(mesh.comm):
             _check(form, mesh)
         space = form.arguments()[0].ufl_function_space()
-        csr = create_pattern(fem.form(form))
+        csr = create_pattern(fem.form(form), boundary.bcs)
         with raise_on_all(mesh.comm):
             _check_memory(len(csr.indices))
         entries = _Entries(csr.indptr, csr.indices)

@@ -345,6 +345,11 @@ class FactorPool:
         prepare: What to do with each new matrix.
         is_symmetric: Whether the Jacobian is known to be symmetric wherever it is taken.
         check: What a new factorisation must survive: it raises `SolveFailed` where that is of no use.
+
+    Raises:
+        UnsupportedForm: Where nothing determines some unknowns; see `MatrixForm.check_rows`.
+
+    MPI: Collective.
     """
 
     def __init__(
@@ -361,6 +366,7 @@ class FactorPool:
         self._prepare, self._check = prepare, check
         self._is_symmetric = is_symmetric
         self._form = MatrixForm(form, boundary.bcs)
+        self._form.check_rows()
         self._options = options
         self._budget = budget
         self._factors: OrderedDict[Hashable, Factor] = OrderedDict()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import ufl
-from dolfinx import fem, la
+from dolfinx import cpp, fem, la
 from dolfinx.fem import petsc as fem_petsc
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
+from fem_vi.errors import UnsupportedForm
+from fem_vi.parallel import all_values
 from fem_vi.pde.inputs import Array
 
 
@@ -27,6 +30,29 @@ class MatrixForm:
     def __init__(self, form: ufl.Form, bcs: Sequence[fem.DirichletBC] = ()) -> None:
         self.form = fem.form(form)
         self.bcs = list(bcs)
+        self._is_everywhere = any(
+            part.integral_type() == "cell" and part.subdomain_id() in ("everywhere", "otherwise") for part in form.integrals()
+        )
+
+    def check_rows(self) -> None:
+        """Refuse a form on parts of the mesh that leaves rows empty, without a condition: its matrices are all singular.
+
+        Raises:
+            UnsupportedForm: On every rank.
+
+        MPI: Collective.
+        """
+        if self._is_everywhere:
+            return
+        index_map = self.form.function_spaces[0].dofmap.index_map
+        starts = _sparsity(self.form, self.bcs).graph[1][: index_map.size_local + 1]
+        empty = sum(all_values(self.form.mesh.comm, int((np.diff(starts) == 0).sum())))
+        if empty:
+            raise UnsupportedForm(
+                f"No integral of the Jacobian reaches {empty} of {index_map.size_global} nodes of the state, and no Dirichlet "
+                "condition prescribes their values: nothing determines them. Prescribe them by fem.dirichletbc, or state the "
+                "problem on a mesh of that part (dolfinx.mesh.create_submesh)."
+            )
 
     def create_matrix(self) -> Matrix:
         """A matrix with the sparsity of the form. Collective."""
@@ -36,9 +62,20 @@ class MatrixForm:
         return _SplitMatrix(self) if rows == columns == 1 else _InsertedMatrix(self)
 
 
-def create_pattern(form: fem.Form) -> la.MatrixCSR:
+def create_pattern(form: fem.Form, bcs: Sequence[fem.DirichletBC]) -> la.MatrixCSR:
     """The sparsity of a compiled 2-form on one rank, each entry by itself, with room for the entries."""
-    return fem.create_matrix(form, la.BlockMode.expanded)
+    return la.matrix_csr(_sparsity(form, bcs), la.BlockMode.expanded)
+
+
+def _sparsity(form: fem.Form, bcs: Sequence[fem.DirichletBC]) -> Any:
+    """Where a form has entries, and the diagonal of prescribed rows, which need not be reached by any integral. Collective."""
+    pattern = fem.create_sparsity_pattern(form)
+    dofmap = form.function_spaces[0].dofmap
+    for bc in bcs:
+        rows = np.unique(bc.dof_indices()[0] // dofmap.index_map_bs)
+        pattern.insert_diagonal(rows[rows < dofmap.index_map.size_local].astype(np.int32))
+    pattern.finalize()
+    return pattern
 
 
 class Matrix:
@@ -76,7 +113,7 @@ class _SharedMatrix(Matrix):
 
     def __init__(self, kind: MatrixForm) -> None:
         self._form, self._bcs = kind.form, kind.bcs
-        self._csr = create_pattern(self._form)
+        self._csr = create_pattern(self._form, self._bcs)
         self._data: Array = self._csr.data
         spaces = self._form.function_spaces
         sizes = [int(V.dofmap.index_map.size_local * V.dofmap.index_map_bs) for V in spaces]
@@ -102,7 +139,7 @@ class _SplitMatrix(Matrix):
 
     def __init__(self, kind: MatrixForm) -> None:
         self._form, self._bcs = kind.form, kind.bcs
-        self._csr = fem.create_matrix(self._form)
+        self._csr = la.matrix_csr(_sparsity(self._form, self._bcs))
         self._data: Array = self._csr.data
         spaces = self._form.function_spaces
         maps = [V.dofmap.index_map for V in spaces]
@@ -145,7 +182,7 @@ class _InsertedMatrix(Matrix):
 
     def __init__(self, kind: MatrixForm) -> None:
         self._form, self._bcs = kind.form, kind.bcs
-        self.petsc = fem_petsc.create_matrix(self._form)
+        self.petsc = cpp.la.petsc.create_matrix(self._form.mesh.comm, _sparsity(self._form, self._bcs))
 
     def assemble(self) -> None:
         self.petsc.zeroEntries()

@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 from torch import nn
 
 from fem_vi.arguments import instance, whole
-from fem_vi.errors import FitInterrupted, InvalidInput, NotFinite, RunFolderError
-from fem_vi.output import (
-    HistoryFile,
-    create_run_folder,
-    held,
-    newest_sound_step,
-    read_checkpoint,
-    read_json,
-    write_checkpoint,
-    write_json,
-    write_tensors,
-)
+from fem_vi.errors import FitInterrupted, InvalidInput, NotFinite
+from fem_vi.output import HistoryFile
 from fem_vi.parallel import agree_on_error, all_values, raise_on_all, shared_seed
-from fem_vi.vi.description import differing, name_of
+from fem_vi.vi.description import name_of
 from fem_vi.vi.interrupt import noted_signals
+from fem_vi.vi.interval import Clock, Seconds, checked_interval
 from fem_vi.vi.lbfgs import LBFGS
 from fem_vi.vi.minibatch import MinibatchProblem
 from fem_vi.vi.natural import NaturalGradient
 from fem_vi.vi.objective import Objective, Terms
-from fem_vi.vi.optimizer import Adam, Constant, Cosine, OptimizerFactory, default_optimizer, set_learning_rate
-from fem_vi.vi.problem import Cost, InverseProblem, Problem
-from fem_vi.vi.progress import progress_bar
-from fem_vi.vi.randomness import private_generator
-from fem_vi.vi.run import (
-    COLUMNS,
-    Row,
-    Run,
-    describe_forward,
-    describe_versions,
-    rows_of,
+from fem_vi.vi.optimizer import (
+    Adam,
+    Clipped,
+    ConstantRate,
+    Cosine,
+    OptimizerFactory,
+    default_optimizer,
+    set_learning_rate,
+    shorten,
 )
-from fem_vi.vi.session import Session, make_checkpoint, take_checkpoint
+from fem_vi.vi.problem import Cost, InverseProblem, Problem
+from fem_vi.vi.progress import progress_bar, tell
+from fem_vi.vi.randomness import private_generator
+from fem_vi.vi.run import COLUMNS, Row, Run, describe_forward
+from fem_vi.vi.run_folder import describe, restore, save, stored_start, write_results
+from fem_vi.vi.session import Session
 from fem_vi.vi.start import GaussNewton, NewtonCG, PresentParameters, default_start, starts_linearised
-from fem_vi.vi.state import gather_parameters, is_field
+from fem_vi.vi.state import is_field
 from fem_vi.vi.stopping import AllSteps, Average, Best, Last, Plateau
 
 # Where nothing but rounding errors is left, Adam would scale them up to full steps, and precise data make these costly. Two
@@ -56,6 +50,8 @@ from fem_vi.vi.stopping import AllSteps, Average, Best, Last, Plateau
 # divergence that is left, so that a range this small, in nats, is of an exact posterior, however steep its gradient.
 STATIONARY = 1e-6
 EXACT = 1e-4
+
+Unclipped = OptimizerFactory | NaturalGradient | LBFGS
 
 
 def fit(
@@ -66,11 +62,11 @@ def fit(
     steps: int,
     path: str | Path | None = None,
     resume: bool = False,
-    optimizer: OptimizerFactory | NaturalGradient | LBFGS | None = None,
-    schedule: Callable[[float], float] | Cosine | Constant = Cosine(),  # noqa: B008 - frozen
+    optimizer: Unclipped | Clipped | None = None,
+    schedule: Callable[[float], float] | Cosine | ConstantRate = Cosine(),  # noqa: B008 - frozen
     start: GaussNewton | NewtonCG | PresentParameters | None = None,
     seed: int = 0,
-    checkpoint_every: int = 50,
+    checkpoint_every: int | Seconds = 50,
     stop: Callable[[Sequence[Row]], bool] | AllSteps | Plateau = AllSteps(),  # noqa: B008 - frozen
     keep: Last | Best | Average = Last(),  # noqa: B008 - frozen
     callbacks: Sequence[Callable[[Row], None]] = (),
@@ -79,8 +75,9 @@ def fit(
 
     With a path, the run folder holds config.json, history.csv, checkpoints, the fitted parameters as safetensors and the
     mean and standard deviation as fields. A fit that was killed goes on with `resume=True` from its newest sound checkpoint,
-    and on the same number of ranks gives the same numbers, bit for bit, as one that was not. There, SIGINT and SIGTERM end it
-    between two steps, with a checkpoint and `FitInterrupted`, which says so; a second one acts at once.
+    and on the same number of ranks gives the same numbers, bit for bit, as one that was not. There, SIGINT, SIGTERM and SIGUSR1
+    end it between two steps, with a checkpoint and `FitInterrupted`, which says so; a second SIGINT or SIGTERM acts at once.
+    OpenMPI's mpirun passes SIGUSR1 on; after a SIGINT or SIGTERM of its own it kills its ranks within half a second.
 
     Args:
         problem: `InverseProblem`: prior, forward map, likelihood, data; or another that the objective knows (`Problem`).
@@ -90,14 +87,14 @@ def fit(
         path: Run folder to write, or None. The same for all ranks.
         resume: Go on with the run in `path`, where there is one.
         optimizer: Makes a torch optimiser from parameters; for fields an elementwise one (Adam, SGD, RMSprop), or
-            `NaturalGradient()` for the normal families, or `LBFGS()`, with one draw of noise for the whole fit. None takes
-            Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`, 0.5 / sqrt(unknowns) otherwise, and for the entries of a
-            dense factor `lr` / sqrt(unknowns); a `Flow` has its own.
-        schedule: Factor on the learning rate after a fraction of the steps.
+            `NaturalGradient()` for the normal families, or `LBFGS()`, with one draw of noise for the whole fit; `Clipped(...)`
+            of the first kind shortens long gradients. None takes Adam with `lr` 0.003 / sqrt(unknowns) after `GaussNewton()`,
+            0.5 / sqrt(unknowns) otherwise, and for the entries of a dense factor `lr` / sqrt(unknowns); a `Flow` has its own.
+        schedule: Factor on the learning rate after a fraction of the steps: `Cosine()`, `ConstantRate()`, or a function.
         start: `GaussNewton()`, `NewtonCG()` or `PresentParameters()`; None takes the first for a new posterior with at most
             1,000 data.
         seed: Of the samples; rank 0's counts. The state of torch's generator is left as it was found.
-        checkpoint_every: Steps between checkpoints.
+        checkpoint_every: Steps between checkpoints, or `Seconds(60)`.
         stop: Whether to stop before all steps are done, from the history: `Plateau()`, for example.
         keep: `Last()`; or `Best()` to end with the parameters that had the best mean ELBO over a window, `Average()` with a mean
             of those of the last steps.
@@ -125,7 +122,7 @@ def fit(
         instance("objective", objective, Callable)  # type: ignore[arg-type]
         instance("path", path, str, PathLike, NoneType)
         instance("resume", resume, bool)
-        instance("optimizer", optimizer, Callable, NaturalGradient, LBFGS, NoneType)  # type: ignore[arg-type]
+        instance("optimizer", optimizer, Callable, Clipped, NaturalGradient, LBFGS, NoneType)  # type: ignore[arg-type]
         if isinstance(optimizer, LBFGS) and isinstance(problem, MinibatchProblem):
             raise InvalidInput(
                 "LBFGS() has one draw of noise for the whole fit, and so one batch of a MinibatchProblem: all other data would "
@@ -140,7 +137,7 @@ def fit(
         instance("callbacks", callbacks, Sequence)
         for callback in callbacks:
             instance("callbacks: an entry", callback, Callable)  # type: ignore[arg-type]
-        steps, checkpoint_every = whole("steps", steps, least=1), whole("checkpoint_every", checkpoint_every, least=1)
+        steps, checkpoint_every = whole("steps", steps, least=1), checked_interval(checkpoint_every)
         seed = whole("seed", seed)
         if not torch.is_grad_enabled():
             raise InvalidInput("fit takes gradients, and torch.no_grad or inference_mode is on. Call it outside of that block.")
@@ -152,30 +149,48 @@ def fit(
     seed = shared_seed(comm, seed)
     with private_generator(seed), ExitStack() as holding:
         begin = default_start(problem, posterior) if start is None else start
-        if resume and folder is not None and start is None and optimizer is None:
-            begin = _stored_start(problem, posterior, folder, begin)
-        if optimizer is None:
-            optimizer = default_optimizer(posterior, problem.prior.num_global, linearised=starts_linearised(begin, posterior))
+        if resume and folder is not None and start is None:
+            begin = stored_start(problem, folder, begin)
+        optimizer, longest = _chosen(optimizer, problem, posterior, begin)
         steps_of = _create(optimizer, problem, posterior, objective)
-        session = Session(problem, posterior, objective, steps_of, schedule, steps, keep=keep)
+        session = Session(problem, posterior, objective, steps_of, schedule, steps, keep=keep, longest=longest)
         session.noise = seed if isinstance(optimizer, LBFGS) else None
         session.continue_from(Cost(), 0.0)
-        choices: dict[str, object] = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "start": start}
+        named = optimizer if longest == math.inf else Clipped(optimizer, longest)  # type: ignore[arg-type]
+        choices: dict[str, object] = {"objective": objective, "optimizer": named, "schedule": schedule, "start": begin}
         choices |= {"stop": stop, "keep": keep}
-        config = _describe(session, choices, seed)
+        config = describe(session, choices, seed)
         if folder is not None and isinstance(problem, InverseProblem):
             config["problem"]["forward"] = describe_forward(problem)
-        if folder is None or not _restore(session, folder, config, resume, holding):
+        if folder is None or not restore(session, folder, config, resume, holding):
             begin(problem, posterior)  # type: ignore[arg-type]  # only an InverseProblem can be linearised
-        _loop(session, folder, checkpoint_every, callbacks, stop)
+        elif session.step == steps or stop(session.history):
+            words = f"{folder} holds a fit that ended after step {session.step} of {steps}: no step was taken."
+            tell(f"{words} More steps= go on from there.", show=comm.rank == 0)
+        _loop(session, folder, Clock(checkpoint_every), callbacks, stop)
         session.take_kept()
         if folder is not None:
-            _write_results(session, folder)
+            write_results(session, folder)
     return Run(posterior, tuple(session.history), config, session.cost(), folder)
 
 
+def _chosen(
+    optimizer: Unclipped | Clipped | None,
+    problem: Problem,
+    posterior: nn.Module,
+    begin: GaussNewton | NewtonCG | PresentParameters,
+) -> tuple[Unclipped, float]:
+    """The optimiser, that of the posterior where none was given, and how long gradients may be."""
+    given = optimizer.optimizer if isinstance(optimizer, Clipped) else optimizer
+    longest = optimizer.norm if isinstance(optimizer, Clipped) else math.inf
+    if given is None:
+        linearised = starts_linearised(begin, posterior)
+        given = default_optimizer(posterior, problem.prior.num_global, linearised=linearised)
+    return given, longest
+
+
 def _create(
-    optimizer: OptimizerFactory | NaturalGradient | LBFGS,
+    optimizer: Unclipped,
     problem: Problem,
     posterior: nn.Module,
     objective: Objective,
@@ -186,7 +201,11 @@ def _create(
             return optimizer.create(posterior)
         if isinstance(optimizer, LBFGS):
             return optimizer.create(posterior, problem.prior, objective)
-        return optimizer(posterior.parameters())
+        made = optimizer(posterior.parameters())
+        instance("what optimizer makes of the parameters", made, torch.optim.Optimizer)
+        if isinstance(made, torch.optim.LBFGS):
+            raise InvalidInput("optimizer makes a torch.optim.LBFGS, whose sums are rank-local, over fresh noise: take LBFGS().")
+        return made
 
 
 def _check_same_on_all_ranks(problem: Problem, posterior: nn.Module, given: Mapping[str, object]) -> None:
@@ -206,95 +225,10 @@ def _check_same_on_all_ranks(problem: Problem, posterior: nn.Module, given: Mapp
             )
 
 
-def _stored_start(
-    problem: Problem, posterior: nn.Module, folder: Path, begin: GaussNewton | NewtonCG | PresentParameters
-) -> GaussNewton | NewtonCG | PresentParameters:
-    """The start that the run in a folder chose by default; `begin` where there is no such run. Collective.
-
-    The default depends on whether the posterior is new, and one that was fitted before in this process is not.
-    """
-    prior = problem.prior
-    name = ""
-    with raise_on_all(prior.comm):
-        if prior.comm.rank == 0 and (folder / "config.json").exists():
-            name = str(read_json(folder / "config.json").get("optimizer"))
-    name = all_values(prior.comm, name)[0]
-    names = [name_of(default_optimizer(posterior, prior.num_global, linearised=linearised)) for linearised in (True, False)]
-    if names[0] == names[1] or name not in names:
-        return begin
-    return GaussNewton() if name == names[0] else PresentParameters()
-
-
-def _describe(session: Session, choices: Mapping[str, object], seed: int) -> dict[str, Any]:
-    """The content of config.json. Collective."""
-    posterior, prior = session.posterior, session.problem.prior
-    shapes = {name: list(value.shape) for name, value in gather_parameters(posterior, prior).items()}
-    return {
-        **{name: name_of(choice) for name, choice in choices.items()},
-        "steps": session.steps,
-        "seed": seed,
-        "ranks": prior.comm.size,
-        "versions": describe_versions(),
-        "problem": session.problem.describe(),
-        "posterior": {"family": type(posterior).__name__, "parameters": shapes},
-    }
-
-
-def _restore(session: Session, folder: Path, config: dict[str, Any], resume: bool, holding: ExitStack) -> bool:
-    """Make the run folder, or take the state of the run that is in it; and keep other processes out, until `holding` ends.
-
-    Returns:
-        True where a checkpoint was taken.
-
-    MPI: Collective.
-    """
-    comm = session.problem.prior.comm
-    step = -1
-    with raise_on_all(comm):
-        if comm.rank == 0:
-            if resume and (folder / "config.json").exists():
-                holding.enter_context(held(folder))
-                _check_same_run(read_json(folder / "config.json"), config, folder)
-                newest = newest_sound_step(folder)
-                step = -1 if newest is None else newest
-                if step > session.steps:
-                    raise RunFolderError(f"{folder} is at step {step} already; steps is {session.steps}.")
-            else:
-                create_run_folder(folder)
-                holding.enter_context(held(folder))
-            write_json(folder / "config.json", config)
-    step = shared_seed(comm, step)
-    if step < 0:
-        return False
-    with raise_on_all(comm):
-        checkpoint = read_checkpoint(folder, step)
-        session.history = rows_of(folder, step)
-    try:
-        take_checkpoint(session, checkpoint)
-    except RunFolderError as error:
-        raise RunFolderError(f"{folder / 'checkpoints'}, step {step}: {error}") from error
-    return True
-
-
-def _check_same_run(stored: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-    for name in ("objective", "optimizer", "schedule", "start", "seed", "posterior", "keep"):
-        if stored.get(name) != config[name]:
-            raise RunFolderError(
-                f"{folder / 'config.json'} is of a run with {name} {stored.get(name)}; this one has {config[name]}. "
-                "Give fit what that run was started with, or another path."
-            )
-    difference = differing(stored.get("problem"), config["problem"])
-    if difference is not None:
-        raise RunFolderError(
-            f"{folder / 'config.json'} is of a run of another problem: they differ in {difference}. "
-            "Give fit that problem, or another path."
-        )
-
-
 def _loop(
     session: Session,
     folder: Path | None,
-    checkpoint_every: int,
+    clock: Clock,
     callbacks: Sequence[Callable[[Row], None]],
     stop: Callable[[Sequence[Row]], bool],
 ) -> None:
@@ -307,7 +241,7 @@ def _loop(
     try:
         with (
             progress_bar(session.steps, done=session.step, show=comm.rank == 0) as show,
-            noted_signals(active=folder is not None) as signals,
+            noted_signals(active=folder is not None, says=comm.rank == 0) as signals,
         ):
             while session.step < session.steps and not stop(session.history):
                 row = _take_step(session)
@@ -322,10 +256,12 @@ def _loop(
                         callback(row)
                 if folder is None:
                     continue
-                names = [name for name in all_values(comm, signals.name) if name is not None]
+                names, due = zip(*all_values(comm, (signals.name, clock.is_due(session.step))), strict=True)
+                names = tuple(name for name in names if name is not None)
                 ends = session.step == session.steps or stop(session.history) or bool(names)
-                if session.step % checkpoint_every == 0 or ends:
-                    _save(session, folder, file)
+                if due[0] or ends:
+                    save(session, folder, file)
+                    clock.reset()
                 if names:
                     raise FitInterrupted(
                         f"{names[0]} came: the fit stopped after step {session.step} of {session.steps}, and {folder} holds a "
@@ -336,15 +272,6 @@ def _loop(
             file.close()
 
 
-def _save(session: Session, folder: Path, file: HistoryFile | None) -> None:
-    """Write a checkpoint, after the rows of the history that lead to it. Collective."""
-    checkpoint = make_checkpoint(session)
-    with raise_on_all(session.problem.prior.comm):
-        if file is not None:
-            file.sync()
-            write_checkpoint(folder, checkpoint)
-
-
 def _take_step(session: Session) -> Row:
     """Evaluate the objective, and move the parameters. Collective."""
     set_learning_rate(session.optimizer, session.schedule(session.step / session.steps))
@@ -353,12 +280,21 @@ def _take_step(session: Session) -> Row:
     _check_finite(session, terms)
     terms.loss.backward()  # type: ignore[no-untyped-call]
     norm = _grad_norm(session)
+    if norm > session.longest:
+        shorten(session.posterior.parameters(), session.longest / norm)
     if norm > STATIONARY and not _is_exact(terms):
         session.optimizer.step(session.loss) if session.noise is not None else session.optimizer.step()
     session.step += 1
-    elbo, kl, misfit = float(terms.elbo), float(terms.kl), float(terms.misfit)
-    seconds = time.monotonic() - session.began
-    return Row(session.step, elbo, kl, misfit, norm, session.cost().solves, seconds)
+    return Row(
+        step=session.step,
+        elbo=float(terms.elbo),
+        kl=float(terms.kl),
+        misfit=float(terms.misfit),
+        loss=float(terms.loss.detach()),
+        grad_norm=norm,
+        solves=session.cost().solves,
+        seconds=time.monotonic() - session.began,
+    )
 
 
 def _is_exact(terms: Terms) -> bool:
@@ -398,23 +334,3 @@ def _grad_norm(session: Session) -> float:
         )
     agree_on_error(prior.comm, error)
     return norm
-
-
-@torch.no_grad()
-def _write_results(session: Session, folder: Path) -> None:
-    """The fitted parameters, and the mean and standard deviation as fields. Collective."""
-    prior, posterior = session.problem.prior, session.posterior
-    parameters = gather_parameters(posterior, prior)
-    with raise_on_all(prior.comm):
-        if prior.comm.rank == 0:
-            about = {"family": type(posterior).__name__, "step": session.step}
-            write_tensors(folder / "posterior.safetensors", parameters, about)
-    write_fields = getattr(prior, "write_fields", None)
-    if write_fields is None or getattr(posterior, "is_conditional", False):  # q(m | y) has moments for each y
-        return
-    q = posterior()
-    try:
-        moments = {"mean": q.mean, "sd": q.variance.sqrt()}
-    except NotImplementedError:
-        return
-    write_fields(folder / "fields.xdmf", moments)

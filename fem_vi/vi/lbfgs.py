@@ -25,7 +25,7 @@ class LBFGS:
 
     For many samples: the minimiser is that of their mean, not of the expectation, off by O(1 / sqrt(samples)), and families with
     more parameters than samples times data can fit the draw. Take an objective with `TotalDerivative()` or `AnalyticKL()`, whose
-    gradient is that of the draw, and `schedule=Constant()`. A step costs an evaluation with gradient, and one without at its
+    gradient is that of the draw, and `schedule=ConstantRate()`. A step costs an evaluation with gradient, and one without at its
     start and for each try of the line search.
 
     Attributes:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fem_vi.errors import InvalidInput
-from fem_vi.vi.predicted import num_predicted
+from fem_vi.vi.predicted import curvature_root, num_predicted
 
 
 @runtime_checkable
@@ -81,6 +81,10 @@ class MultiplicativeNoise:
     def standardise(self, y: Tensor, prediction: Tensor) -> Tensor:
         """Residuals of the logarithms, `(*batch, num_data)`; NaN where a prediction is not positive."""
         return self.noise.standardise(y.log(), self._logarithms(prediction, y.shape[-1]))
+
+    def curvature_root(self, y: Tensor, prediction: Tensor) -> Tensor:
+        """That of the noise of the logarithms, `(*batch, rows)`."""
+        return curvature_root(self.noise, y.log(), self._logarithms(prediction, y.shape[-1]))
 
     def log_prob(self, y: Tensor, prediction: Tensor) -> Tensor:
         """Log p(y | prediction), `(*batch,)`, replicated; minus infinity where a prediction is not positive."""

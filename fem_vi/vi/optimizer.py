@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fem_vi.arguments import is_number, positive
+from fem_vi.arguments import instance, is_number, positive
 from fem_vi.errors import InvalidInput
+from fem_vi.vi.description import name_of
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -70,6 +71,37 @@ class Adam:
 
 
 @dataclass(frozen=True)
+class Clipped:
+    """An optimiser that never sees a gradient longer than a bound: longer ones are shortened, their direction kept.
+
+    For networks whose heads have exponential scales, and for the first steps far from the data, where one sample can have a
+    gradient a thousand times longer than all others. The length is that over all parameters on all ranks, `grad_norm` in the
+    history, which shows it as it was.
+
+    Attributes:
+        optimizer: Makes the torch optimiser; None takes the one that `fit` takes by default.
+        norm: The bound, in the unit of the history's `grad_norm`.
+
+    References:
+        Pascanu, Mikolov, Bengio (2013), On the difficulty of training recurrent neural networks.
+
+    Example:
+        >>> fem_vi.fit(problem, posterior, fem_vi.ELBO(), steps=1000, optimizer=fem_vi.Clipped(fem_vi.Adam(1e-3), norm=10.0))
+    """
+
+    optimizer: OptimizerFactory | None = None
+    norm: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.optimizer is not None:
+            instance("Clipped: optimizer", self.optimizer, Callable)  # type: ignore[arg-type]
+        positive("Clipped: norm", self.norm)
+
+    def __repr__(self) -> str:
+        return f"Clipped(optimizer={name_of(self.optimizer)}, norm={self.norm!r})"
+
+
+@dataclass(frozen=True)
 class Cosine:
     """Learning rate from its full value to `final` of it over the fit, along half a cosine.
 
@@ -89,7 +121,7 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class Constant:
+class ConstantRate:
     """The same learning rate throughout."""
 
     def __call__(self, progress: float) -> float:
@@ -120,6 +152,14 @@ def default_optimizer(posterior: nn.Module, num_unknowns: int, *, linearised: bo
     root = math.sqrt(num_unknowns)
     lr, eps = (0.003 / root, 0.2 / root) if linearised else (0.5 / root, Adam.eps)
     return Adam(lr=lr, eps=eps, pair_lr=lr / root if getattr(posterior, "pairs", ()) else None)
+
+
+@torch.no_grad()
+def shorten(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients by a factor."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

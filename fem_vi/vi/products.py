@@ -1,8 +1,8 @@
 """Products with the derivative of a problem's predictions, without its matrix.
 
-With r(xi) = (y - G(unwhiten(xi))) / noise and J = -dr/dxi, both J v and J' w use one solve of the state. The pullback
-w -> J' w is linear in w, so that its own pullback is v -> J v: one tangent solve with the factorisation that is kept, where
-forward mode would solve a nonlinear state anew for each v.
+With r(xi) = (y - G(unwhiten(xi))) / noise, or what else is the `curvature_root` of the likelihood, and J = -dr/dxi, both J v and
+J' w use one solve of the state. The pullback w -> J' w is linear in w, so that its own pullback is v -> J v: one tangent solve
+with the factorisation that is kept, where forward mode would solve a nonlinear state anew for each v.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import vjp, vmap  # type: ignore[attr-defined]
 
 from fem_vi.errors import UnsupportedDerivative
+from fem_vi.vi.predicted import curvature_root
 from fem_vi.vi.problem import Cost, InverseProblem
 
 
@@ -43,8 +44,8 @@ class JacobianRows:
 
     Attributes:
         xi, value, log_likelihood, gradient: As of `Linearised`.
-        jacobian: J, `(num_data, n_owned)`.
-        gram: J J', `(num_data, num_data)`, replicated.
+        jacobian: J, `(num_data, n_owned)`; a row more with `UnknownScale`.
+        gram: J J', replicated.
 
     MPI: Collective.
     """
@@ -54,7 +55,7 @@ class JacobianRows:
             self.xi = xi.detach().requires_grad_()
             prediction = problem.predict(problem.prior.unwhiten(self.xi))
             log_likelihood = problem.likelihood.log_prob(problem.y, prediction)
-            residual = problem.likelihood.standardise(problem.y, prediction)
+            residual = curvature_root(problem.likelihood, problem.y, prediction)
             rows = [-torch.autograd.grad(each, self.xi, retain_graph=True)[0] for each in residual]
             (rise,) = torch.autograd.grad(log_likelihood, self.xi)
         self.xi = self.xi.detach()
@@ -108,7 +109,8 @@ class GaussNewtonProducts:
             prediction = problem.predict(problem.prior.unwhiten(xi))
         finally:
             problem.cost = cost
-        return problem.likelihood.standardise(problem.y, prediction), problem.likelihood.log_prob(problem.y, prediction)
+        likelihood, y = problem.likelihood, problem.y
+        return curvature_root(likelihood, y, prediction), likelihood.log_prob(y, prediction)
 
     def forward(self, v: Tensor) -> Tensor:
         """J v.

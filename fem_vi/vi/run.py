@@ -14,12 +14,10 @@ from torch import nn
 
 import fem_vi
 from fem_vi.errors import RunFolderError, SolveFailed
-from fem_vi.output import read_history
+from fem_vi.output import REMEDY, read_history
 from fem_vi.vi.description import sketch
 from fem_vi.vi.problem import Cost, InverseProblem
 from fem_vi.vi.randomness import private_generator
-
-REMEDY = "Restore it from a copy, or start anew in another folder."
 
 
 @dataclass(frozen=True)
@@ -28,9 +26,10 @@ class Row:
 
     Attributes:
         step: Number of the step, from 1.
-        elbo: Estimate of the evidence lower bound.
-        kl: Divergence from the prior.
-        misfit: Minus the expected log-likelihood.
+        elbo: Estimate of the evidence lower bound; not a number where the objective knows none, as of given samples.
+        kl: Divergence from the prior; likewise.
+        misfit: Minus the expected log-likelihood; likewise.
+        loss: What is minimised.
         grad_norm: Norm of the gradient over all parameters on all ranks.
         solves: Samples solved forward and backward since the fit began, the start included.
         seconds: Wall time since the fit began.
@@ -40,6 +39,7 @@ class Row:
     elbo: float
     kl: float
     misfit: float
+    loss: float
     grad_norm: float
     solves: int
     seconds: float
@@ -51,7 +51,7 @@ class Row:
     @staticmethod
     def from_text(row: dict[str, str]) -> Row:
         """A row of history.csv; raises ValueError where it holds something else than numbers."""
-        number = {name: float(row[name]) for name in ("elbo", "kl", "misfit", "grad_norm", "seconds")}
+        number = {name: float(row[name]) for name in COLUMNS if name not in ("step", "solves")}
         return Row(step=int(row["step"]), solves=int(row["solves"]), **number)
 
 

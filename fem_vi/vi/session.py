@@ -35,6 +35,7 @@ class Session:
         spent: What earlier sessions of this run cost, less what the problem had cost when this one began.
         began: When the run would have begun, had it not been interrupted.
         keep: Which parameters the fit ends with.
+        longest: Length to which gradients are shortened.
         noise: Seed of every evaluation, where all share one draw of noise; None for fresh ones.
         best: The best mean ELBO of a window, and the parameters at its end; with `Best` only.
         average: The mean of the parameters; with `Average` only.
@@ -51,6 +52,7 @@ class Session:
     spent: Cost = field(default_factory=Cost)
     began: float = field(default_factory=time.monotonic)
     keep: Last | Best | Average = Last()  # noqa: RUF009 - frozen
+    longest: float = math.inf
     noise: int | None = None
     best: tuple[float, dict[str, Tensor]] | None = None
     average: dict[str, Tensor] | None = None

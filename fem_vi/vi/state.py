@@ -69,8 +69,7 @@ def scatter_optimizer(
     optimizer: torch.optim.Optimizer, posterior: nn.Module, prior: FieldPrior, tensors: dict[str, Tensor]
 ) -> None:
     """Restore what `gather_optimizer` gave; settings (learning rates and so on) stay those of `optimizer`. Collective."""
-    state = optimizer.state_dict()
-    for index, (name, parameter) in enumerate(posterior.named_parameters()):
+    for name, parameter in posterior.named_parameters():
         values = {}
         for full, value in sorted(tensors.items()):
             owner, _, key = full.rpartition("/")
@@ -80,5 +79,4 @@ def scatter_optimizer(
             # A fused step reads what it is given as it lies in memory; a part of a field may come in another order of axes.
             values[key] = (prior.scatter(value) if field else value).contiguous()
         if values:
-            state["state"][index] = values
-    optimizer.load_state_dict(state)
+            optimizer.state[parameter].update(values)  # load_state_dict would cast what is in single precision, as in NAdam

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fem_vi.arguments import positive, whole
 from fem_vi.vi.run import Row
+
+
+def _gains(rows: Sequence[Row]) -> NDArray[np.float64]:
+    """What rose in some steps: the ELBO, or minus the loss where the objective knew no ELBO in any of them."""
+    elbo = np.array([row.elbo for row in rows])
+    return -np.array([row.loss for row in rows]) if np.isnan(elbo).all() else elbo
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Plateau:
     """Stop where the mean ELBO of the last steps exceeds that of as many before by less than a number of nats.
 
     The statistic is that difference plus two standard errors, from the spread within the two windows: noise that could hide a
-    gain of `tolerance` does not stop a fit.
+    gain of `tolerance` does not stop a fit. Of objectives that know no ELBO, as of given samples, minus the loss takes its place.
 
     Attributes:
         window: Steps in each of the two means.
@@ -44,11 +51,11 @@ class Plateau:
         """What is compared with the tolerance; infinity before both windows are full."""
         if len(history) < 2 * self.window:
             return math.inf
-        elbo = np.array([row.elbo for row in history[-2 * self.window :]]).reshape(2, self.window)
-        if not np.isfinite(elbo).all():
+        gains = _gains(history[-2 * self.window :]).reshape(2, self.window)
+        if not np.isfinite(gains).all():
             return math.inf
-        error = math.sqrt(float(elbo.var(1, ddof=1).sum()) / self.window)
-        return float(elbo[1].mean() - elbo[0].mean()) + 2.0 * error
+        error = math.sqrt(float(gains.var(1, ddof=1).sum()) / self.window)
+        return float(gains[1].mean() - gains[0].mean()) + 2.0 * error
 
     def __call__(self, history: Sequence[Row]) -> bool:
         """Whether to stop after these steps."""
@@ -64,7 +71,8 @@ class Last:
 class Best:
     """Keep the parameters at the end of the window whose mean ELBO was the highest.
 
-    A mean over a window, since the largest of single noisy values is that of a lucky draw.
+    A mean over a window, since the largest of single noisy values is that of a lucky draw. Minus the loss takes the ELBO's place
+    where an objective knows none.
 
     Attributes:
         window: Steps in each mean.
@@ -76,10 +84,10 @@ class Best:
         whole("Best: window", self.window, least=1)
 
     def mean(self, history: Sequence[Row]) -> float | None:
-        """Mean ELBO of the window that has just ended; None within a window, or where it has no number."""
+        """Mean ELBO, or minus the loss, of the window that has just ended; None within a window, or where it has no number."""
         if not history or len(history) % self.window:
             return None
-        value = float(np.mean([row.elbo for row in history[-self.window :]]))
+        value = float(_gains(history[-self.window :]).mean())
         return value if math.isfinite(value) else None
 
 

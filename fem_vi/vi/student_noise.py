@@ -45,6 +45,11 @@ class StudentNoise:
         self.scale = checked_scale("scale", "StudentNoise", scale)
         self.df = positive("df", df)
 
+    @property
+    def scale_information(self) -> float:
+        """Fisher information of the logarithm of the scale, of one datum."""
+        return 2.0 * self.df / (self.df + 3.0)
+
     def __repr__(self) -> str:
         scale = f"{self.scale.item()!r}" if self.scale.ndim == 0 else f"{len(self.scale)} values"
         return f"StudentNoise(scale={scale}, df={self.df:g})"

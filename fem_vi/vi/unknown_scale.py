@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fem_vi.errors import InvalidInput
@@ -65,6 +66,18 @@ class UnknownScale:
         """Residuals in units of the scaled noise, `(*batch, num_data)`."""
         shrunk, centre, _ = self._split(y, prediction)
         return self.noise.standardise(shrunk, centre)
+
+    def curvature_root(self, y: Tensor, prediction: Tensor) -> Tensor:
+        """Rows whose Jacobian is a root of the Fisher information, `(*batch, num_data + 1)`.
+
+        s and predictions are orthogonal in it, and s has two for each datum, or what noise that is not normal says
+        (`scale_information`). The Jacobian of standardised residuals has half of that, and correlations that are not there.
+        """
+        information = float(getattr(self.noise, "scale_information", 2.0))
+        centre, s = prediction[..., :-1], prediction[..., -1:]
+        shrunk = centre + (y - centre) * (-s.detach()).exp()
+        rows = self.noise.standardise(shrunk, centre)
+        return torch.cat([rows, (information * y.shape[-1]) ** 0.5 * s], dim=-1)
 
     def log_prob(self, y: Tensor, prediction: Tensor) -> Tensor:
         """Log p(y | prediction, s), `(*batch,)`, replicated.

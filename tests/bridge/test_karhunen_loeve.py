@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fem_vi
 from tests.bridge.test_field_prior import dense_root, space
-from tests.helpers import interpolated
+from tests.helpers import CASES, interpolated
 
 COMM = MPI.COMM_WORLD
 F64 = torch.float64
@@ -147,3 +147,12 @@ def test_what_cannot_be_is_refused() -> None:
     for build, words in cases:
         with pytest.raises(fem_vi.InvalidInput, match=words):
             build()
+
+
+@pytest.mark.mpi
+def test_coefficients_in_place_of_the_field_are_told_from_a_whole_vector() -> None:
+    case = CASES["log_diffusion"](COMM)
+    prior = fem_vi.KarhunenLoeveField(case.given[0].function_space, fem_vi.Exponential(1.0, 0.5), truncation=fem_vi.Modes(3))
+    problem = fem_vi.InverseProblem(prior, case.solve, fem_vi.GaussianNoise(1.0), torch.zeros(2, dtype=F64))
+    with pytest.raises(fem_vi.InvalidInput, match=r"prior\.field of a KarhunenLoeveField makes a field of a few numbers"):
+        fem_vi.fit(problem, fem_vi.MeanFieldNormal(prior), fem_vi.ELBO(), steps=1)

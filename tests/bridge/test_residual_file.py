@@ -178,3 +178,10 @@ def test_what_is_spread_over_ranks_is_not_written(tmp_path: Path) -> None:
         return
     with pytest.raises(fem_vi.InvalidInput, match=r"several ranks.*COMM_SELF"):
         fem_vi.export_residual(residual, tmp_path / "residual.safetensors")
+
+
+def test_rows_of_a_residual_that_was_read_are_refused_with_a_way_out(path: Path) -> None:
+    residual = fem_vi.load_residual(path)
+    given = [torch.zeros(about.shape, dtype=torch.float64) for about in residual.plan.given]
+    with pytest.raises(fem_vi.InvalidInput, match=r"take residual\(u, \*inputs\)\[\.\.\., rows\]"):
+        residual(*given, rows=torch.tensor([0]))

@@ -25,7 +25,7 @@ from fem_vi.vi.fit import NotFinite, fit
 from fem_vi.vi.likelihood import GaussianNoise
 from fem_vi.vi.multiplicative_noise import MultiplicativeNoise
 from fem_vi.vi.objective import ELBO, AnalyticKL, PathDerivative
-from fem_vi.vi.optimizer import Adam, Constant, Cosine, default_optimizer
+from fem_vi.vi.optimizer import Adam, Clipped, ConstantRate, Cosine, default_optimizer
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.low_rank import FreeDiagonal, LowRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
@@ -544,7 +544,7 @@ def test_arguments_that_differ_between_ranks(tmp_path, what):
     others = {
         "steps": 3,
         "objective": ELBO(samples=3),
-        "schedule": Constant(),
+        "schedule": ConstantRate(),
         "optimizer": Adam(),
         "path": None,
         "checkpoint_every": 3,
@@ -565,9 +565,9 @@ def test_goes_on_with_the_posterior_it_fitted(tmp_path):
     for name, start in {"default": None, "prior": PresentParameters()}.items():
         posterior = low_rank(affine.prior)
         arguments = {"path": tmp_path / name, "start": start}
-        fit(affine.problem(), posterior, ELBO(samples=2), steps=3, schedule=Constant(), **arguments)
-        run = fit(affine.problem(), posterior, ELBO(samples=2), steps=6, schedule=Constant(), resume=True, **arguments)
-        whole = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=6, schedule=Constant(), start=start)
+        fit(affine.problem(), posterior, ELBO(samples=2), steps=3, schedule=ConstantRate(), **arguments)
+        run = fit(affine.problem(), posterior, ELBO(samples=2), steps=6, schedule=ConstantRate(), resume=True, **arguments)
+        whole = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=2), steps=6, schedule=ConstantRate(), start=start)
         assert numbers_of(run) == numbers_of(whole)
 
 
@@ -658,7 +658,7 @@ def test_other_optimisers_and_schedules(tmp_path):
     arguments = {
         "objective": ELBO(samples=2),
         "optimizer": momentum,
-        "schedule": Constant(),
+        "schedule": ConstantRate(),
         "start": GaussNewton(),
         "checkpoint_every": 2,
     }
@@ -689,6 +689,93 @@ def test_entries_of_a_dense_factor_take_steps_of_their_own():
     assert repr(default_optimizer(MeanFieldNormal(prior), 4, linearised=False)) == "Adam(lr=0.25, betas=(0.9, 0.999), eps=1e-08)"
     with pytest.raises(InvalidInput, match="pair_lr is 0"):
         Adam(pair_lr=0)
+
+
+def gradient_steps(parameters):
+    return torch.optim.SGD(parameters, lr=1e-2)
+
+
+@pytest.mark.mpi
+def test_long_gradients_are_shortened():
+    # A step of gradient descent is as long as the gradient, over fields, replicated parameters and ranks together.
+    states = []
+    for problem in split_pair():
+        for norm in (0.5, 1e9):
+            posterior = low_rank(problem.prior)
+            before = [value.detach().clone() for value in posterior.parameters()]
+            options = {"schedule": ConstantRate(), "start": PresentParameters()}
+            run = fit(problem, posterior, ELBO(samples=4), steps=1, optimizer=Clipped(gradient_steps, norm), **options)
+            moved = sum((value - old).square().sum() for value, old in zip(posterior.parameters(), before, strict=True))
+            length = float(problem.prior.all_sum(moved.detach()).sqrt())
+            assert run.history[0].grad_norm > 5.0
+            assert length == pytest.approx(1e-2 * min(norm, run.history[0].grad_norm), rel=1e-9)
+            states.append(problem.prior.gather(posterior.mu.detach()))
+    torch.testing.assert_close(states[0], states[2], rtol=1e-10, atol=1e-12)
+    assert run.config["optimizer"] == "Clipped(optimizer=tests.vi.test_fit.gradient_steps, norm=1000000000.0)"
+
+
+def test_clipping_takes_the_default_optimiser_and_changes_no_short_gradient():
+    affine = Affine.create()
+    plain = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=4), steps=20)
+    clipped = fit(affine.problem(), low_rank(affine.prior), ELBO(samples=4), steps=20, optimizer=Clipped(norm=1e6))
+    assert numbers_of(clipped) == numbers_of(plain)
+    assert clipped.config["optimizer"] == f"Clipped(optimizer={plain.config['optimizer']}, norm=1000000.0)"
+    for wrong, words in ((lambda: Clipped(norm=0.0), "norm is 0"), (lambda: Clipped("adam"), "optimizer is 'adam'")):
+        with pytest.raises(InvalidInput, match=words):
+            wrong()
+
+
+def test_a_clipped_fit_goes_on_bit_by_bit(tmp_path):
+    affine = Affine.create()
+    options = {"objective": ELBO(samples=2), "optimizer": Clipped(Adam(0.1), norm=0.2), "start": PresentParameters()}
+    options |= {"schedule": ConstantRate()}
+    whole = fit(affine.problem(), low_rank(affine.prior), steps=8, **options)
+    fit(affine.problem(), low_rank(affine.prior), steps=4, path=tmp_path / "run", **options)
+    run = fit(affine.problem(), low_rank(affine.prior), steps=8, path=tmp_path / "run", resume=True, **options)
+    assert numbers_of(run) == numbers_of(whole)
+    with pytest.raises(RunFolderError, match=r"norm=0\.2.*norm=0\.3"):
+        again = {**options, "optimizer": Clipped(Adam(0.1), norm=0.3)}
+        fit(affine.problem(), low_rank(affine.prior), steps=8, path=tmp_path / "run", resume=True, **again)
+
+
+@pytest.mark.parametrize(("start", "named"), [(None, "GaussNewton("), (PresentParameters(), "PresentParameters()")])
+def test_config_names_the_start_that_was_made(tmp_path, start, named):
+    affine = Affine.create()
+    options = {"objective": ELBO(samples=2), "path": tmp_path / "run", "start": start}
+    posterior = low_rank(affine.prior)
+    fit(affine.problem(), posterior, steps=2, **options)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["start"].startswith(named)
+    # A posterior that is not new any more would start elsewhere by default; the run knows where it did, whatever the optimiser.
+    fit(affine.problem(), posterior, steps=3, resume=True, **options)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_damaged_configuration_says_what_to_do(tmp_path, content):
+    affine = damaged_run(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"config.json is damaged: .*Restore it from a copy, or start anew"):
+        go_on(affine, tmp_path / "run")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.Rprop, torch.optim.Adadelta, torch.optim.ASGD])
+def test_any_optimiser_of_torch_goes_on_bit_by_bit(tmp_path, kind):
+    problem, _ = split_pair()
+    options = {"objective": ELBO(samples=2), "optimizer": kind, "start": PresentParameters(), "schedule": ConstantRate()}
+    whole = fit(problem, low_rank(problem.prior), steps=8, **options)
+    fit(problem, low_rank(problem.prior), steps=3, path=tmp_path / "run", **options)
+    run = fit(problem, low_rank(problem.prior), steps=8, path=tmp_path / "run", resume=True, **options)
+    assert numbers_of(run) == numbers_of(whole)
+
+
+def test_refuses_optimisers_that_it_cannot_step():
+    affine = Affine.create()
+    for optimizer, words in (
+        (torch.optim.LBFGS, r"makes a torch\.optim\.LBFGS.*take LBFGS\(\)"),
+        (lambda parameters: None, "what optimizer makes of the parameters is None"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            fit(affine.problem(), low_rank(affine.prior), ELBO(), steps=1, optimizer=optimizer)
 
 
 @pytest.mark.mpi

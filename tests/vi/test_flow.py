@@ -27,6 +27,7 @@ from fem_vi.vi.objective import ELBO, PathDerivative, TotalDerivative, frozen
 from fem_vi.vi.optimizer import Adam
 from fem_vi.vi.posterior.flow import FastDensity, FastSampling, Flow
 from fem_vi.vi.posterior.full_rank import FullRankNormal
+from fem_vi.vi.posterior.low_rank import LowRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
 from fem_vi.vi.posterior.mixture import Mixture
 from fem_vi.vi.posterior.neural_spline import AffineSpline, NeuralSpline
@@ -357,6 +358,18 @@ def test_mixture_of_fields_over_ranks():
     assert posterior.fields == ("components.0.mu", "components.0.log_scale", "components.1.mu")
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_mixture_starts_a_few_nats_from_the_linearised_posterior_whatever_the_unknowns():
+    # Draws of 60 unknowns are 30 nats away from their mean, on average, which small steps do not make good.
+    affine = Affine.create(60, 10)
+    problem = affine.problem()
+    torch.manual_seed(2)
+    posterior = Mixture([LowRankNormal(affine.prior, 10) for _ in range(2)])
+    run = fit(problem, posterior, ELBO(samples=64), steps=1)
+    assert 0.2 < affine.log_evidence() - run.history[0].elbo < 4.0
+    apart = (posterior.components[0].mu - posterior.components[1].mu).norm()
+    assert float(apart.detach()) > 1.0
 
 
 def test_mixture_is_its_density():

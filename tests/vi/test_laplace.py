@@ -11,6 +11,7 @@ from fem_vi.vi.diagnostics import diagnose
 from fem_vi.vi.fit import fit
 from fem_vi.vi.laplace import laplace
 from fem_vi.vi.likelihood import GaussianNoise
+from fem_vi.vi.multiplicative_noise import MultiplicativeNoise
 from fem_vi.vi.objective import ELBO
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.low_rank import LowRankNormal
@@ -20,6 +21,8 @@ from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.products import GaussNewtonProducts
 from fem_vi.vi.spectrum import dominant_directions, orthonormal
 from fem_vi.vi.start import GaussNewton, NewtonCG
+from fem_vi.vi.student_noise import StudentNoise
+from fem_vi.vi.unknown_scale import UnknownScale
 from tests.vi.helpers import F64, Affine, numbers, split_pair
 
 EXACTLY = NewtonCG(threshold=1e-14)
@@ -236,3 +239,39 @@ def test_refusals():
     for name, value in {"iterations": 0, "rtol": -1.0, "inner": 0, "threshold": 0.0, "rank": 0, "gain": -1.0}.items():
         with pytest.raises(InvalidInput, match=f"NewtonCG: {name} is"):
             NewtonCG(**{name: value})
+
+
+@pytest.mark.parametrize("mode", [EXACTLY, GaussNewton()], ids=["NewtonCG", "GaussNewton"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["additive", "multiplicative"])
+def test_noise_of_unknown_size_has_its_own_curvature(mode, wrapped):
+    # Newton's method with that of standardised residuals, a half of it, went forth and back until its steps ran out.
+    num_data, prior = 12, GaussianVector(torch.zeros(3))
+    A = 0.3 * numbers(1, num_data, 2)
+    y = A @ torch.tensor([0.5, -1.0], dtype=F64) + 0.4 * numbers(2, num_data)
+    noise: object = UnknownScale(GaussianNoise(0.5))
+    if wrapped:  # of the logarithms, with the same answer
+        noise, y = MultiplicativeNoise(noise), y.exp()
+
+    def forward(m):
+        data = m[..., :2] @ A.T
+        return torch.cat([data.exp() if wrapped else data, m[..., 2:]], dim=-1)
+
+    problem = InverseProblem(prior, forward, noise, y)
+    q = laplace(problem, mode=mode)
+    assert q.report.search.converged
+    assert q.report.search.iterations <= 15
+    m = q().mean.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(problem.log_joint(m), m)
+    assert float(slope.abs().max()) < 1e-4
+    scale = 0.5 * m[2].detach().exp()
+    precision = torch.eye(3, dtype=F64) + torch.block_diag(A.T @ A / scale**2, torch.tensor([[2.0 * num_data]], dtype=F64))
+    torch.testing.assert_close(q().variance.detach(), torch.linalg.inv(precision).diagonal(), rtol=1e-5, atol=0.0)
+
+
+def test_information_on_the_scale_of_student_noise():
+    r = torch.linspace(-400.0, 400.0, 80_001, dtype=F64)[:, None]
+    for df in (3.0, 10.0):
+        noise = StudentNoise(1.0, df)
+        density = noise.log_prob(torch.zeros(1, dtype=F64), r).exp()
+        slope = (df + 1.0) * r[:, 0].square() / (df + r[:, 0].square()) - 1.0  # of log p(exp(-s) r) - s at s = 0
+        assert noise.scale_information == pytest.approx(float((density * slope.square()).sum() * 1e-2), rel=1e-6)

@@ -14,7 +14,7 @@ from fem_vi.vi.fit import fit
 from fem_vi.vi.lbfgs import LBFGS
 from fem_vi.vi.natural import NaturalGradient
 from fem_vi.vi.objective import ELBO, AnalyticKL, PathDerivative, TotalDerivative
-from fem_vi.vi.optimizer import Constant
+from fem_vi.vi.optimizer import ConstantRate
 from fem_vi.vi.posterior.flow import Flow
 from fem_vi.vi.posterior.full_rank import FullRankNormal
 from fem_vi.vi.posterior.low_rank import FreeDiagonal, LowRankNormal
@@ -100,7 +100,7 @@ def test_natural_gradients_find_the_exact_posterior_from_the_prior(name, steps):
         ELBO(samples=8),
         steps=steps,
         optimizer=NaturalGradient(lr=0.3),
-        schedule=Constant(),
+        schedule=ConstantRate(),
         start=PresentParameters(),
     )
     q, exact = posterior(), affine.posterior()
@@ -130,7 +130,7 @@ def test_lbfgs_minimises_one_draw_of_the_objective():
         ELBO(512, AnalyticKL()),
         steps=40,
         optimizer=LBFGS(),
-        schedule=Constant(),
+        schedule=ConstantRate(),
         start=PresentParameters(),
     )
     elbo = [row.elbo for row in run.history]

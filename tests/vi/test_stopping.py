@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,16 @@ from mpi4py import MPI
 
 from fem_vi import output
 from fem_vi.errors import FemViError, FitInterrupted, InvalidInput, RunFolderError
+from fem_vi.vi.discrepancy import MMD
+from fem_vi.vi.divergence import ForwardKL, GivenSamples
 from fem_vi.vi.fit import fit
 from fem_vi.vi.interrupt import noted_signals
+from fem_vi.vi.interval import Seconds
 from fem_vi.vi.objective import ELBO, TotalDerivative
-from fem_vi.vi.optimizer import Adam, Constant
+from fem_vi.vi.optimizer import Adam, ConstantRate
 from fem_vi.vi.posterior.low_rank import LowRankNormal
 from fem_vi.vi.posterior.mean_field import MeanFieldNormal
+from fem_vi.vi.progress import words_of
 from fem_vi.vi.run import Row
 from fem_vi.vi.start import PresentParameters
 from fem_vi.vi.stopping import Average, Best, Last, Plateau
@@ -32,7 +37,7 @@ COMM = MPI.COMM_WORLD
 
 
 def rows(elbo):
-    return [Row(k + 1, float(value), 0.0, 0.0, 0.0, 0, 0.0) for k, value in enumerate(elbo)]
+    return [Row(k + 1, float(value), 0.0, 0.0, -float(value), 0.0, 0, 0.0) for k, value in enumerate(elbo)]
 
 
 def test_plateau_is_its_statistic():
@@ -49,9 +54,36 @@ def test_plateau_is_its_statistic():
     assert not stop(rows([math.nan] * 8))
 
 
+def test_where_there_is_no_elbo_the_loss_takes_its_place():
+    lost = [Row(k + 1, math.nan, math.nan, math.nan, loss, 0.0, 0, 0.0) for k, loss in enumerate([3.0, 3.0, 2.0, 1.0])]
+    assert Plateau(window=2).statistic(lost) == 1.5 + 2.0 * math.sqrt(0.5 / 2)
+    assert Best(window=2).mean(lost) == -1.5
+    assert words_of(lost[0]) == "loss 3"
+    assert words_of(rows([2.5])[0]) == "ELBO 2.5  KL 0  misfit 0"
+
+
+@pytest.mark.parametrize("of", [ForwardKL, MMD])
+def test_a_fit_to_samples_stops_and_keeps_its_best(of):
+    affine = Affine.create()
+    torch.manual_seed(0)
+    objective = of(GivenSamples(affine.posterior().sample((500,))))
+    options = {"optimizer": Adam(lr=0.02), "schedule": ConstantRate(), "start": PresentParameters(), "steps": 3000}
+    run = fit(
+        affine.problem(), MeanFieldNormal(affine.prior), objective, stop=Plateau(window=40), keep=Best(window=20), **options
+    )
+    assert 80 <= len(run.history) < 3000
+    losses = torch.tensor([row.loss for row in run.history], dtype=F64)
+    assert float(losses[-40:].mean()) < float(losses[:40].mean())
+    windows = losses[: len(losses) // 20 * 20].reshape(-1, 20).mean(1)
+    shorter = fit(
+        affine.problem(), MeanFieldNormal(affine.prior), objective, **{**options, "steps": 20 * (int(windows.argmin()) + 1)}
+    )
+    assert torch.equal(run.posterior.mu, shorter.posterior.mu)
+
+
 def test_stops_where_nothing_is_gained_and_not_before():
     affine = Affine.create()
-    arguments = {"optimizer": Adam(lr=0.05), "schedule": Constant(), "start": PresentParameters(), "steps": 3000}
+    arguments = {"optimizer": Adam(lr=0.05), "schedule": ConstantRate(), "start": PresentParameters(), "steps": 3000}
     torch.manual_seed(7)
     posterior = LowRankNormal(affine.prior, 3)
     run = fit(affine.problem(), posterior, ELBO(samples=16), stop=Plateau(window=40, tolerance=0.02), **arguments)
@@ -99,7 +131,7 @@ class Spoiler:
 
 
 def test_keeps_the_best():
-    arguments = {"steps": 100, "start": PresentParameters(), "optimizer": Adam(lr=0.02), "schedule": Constant()}
+    arguments = {"steps": 100, "start": PresentParameters(), "optimizer": Adam(lr=0.02), "schedule": ConstantRate()}
     kept = {}
     for keep in (Last(), Best(window=10)):
         problem, _ = split_pair()
@@ -132,7 +164,7 @@ def test_an_average_lies_nearer_to_the_optimum_than_the_last_step():
     exact, errors = affine.prior.whiten(affine.posterior().mean), []
     for keep in (Last(), Average(window=100)):
         posterior = MeanFieldNormal(affine.prior)
-        options = {"optimizer": Adam(lr=0.2), "schedule": Constant(), "keep": keep, "start": PresentParameters()}
+        options = {"optimizer": Adam(lr=0.2), "schedule": ConstantRate(), "keep": keep, "start": PresentParameters()}
         fit(affine.problem(), posterior, ELBO(samples=2, gradient=TotalDerivative()), steps=300, **options)
         errors.append(float((posterior.mu - exact).norm().detach()))
     assert errors[1] < 0.5 * errors[0]
@@ -163,6 +195,51 @@ def test_what_is_kept_survives_an_interruption(tmp_path, keep):
         fitted(path=tmp_path / "run", resume=True)
 
 
+@pytest.mark.mpi
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    # Ranks whose clocks disagree write together: rank 0's decides.
+    problem, _ = split_pair()
+    now, written = [0.0], []
+    monkeypatch.setattr("fem_vi.vi.interval.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def pass_time(row):
+        now[0] += 1e3 if COMM.rank > 0 else 61.0 if row.step == 4 else 1.0
+
+    def look(row):
+        written.append(output.newest_sound_step(tmp_path / "run"))
+
+    options = {"steps": 6, "path": tmp_path / "run", "start": PresentParameters(), "callbacks": [look, pass_time]}
+    torch.manual_seed(1)
+    fit(problem, LowRankNormal(problem.prior, 2), ELBO(samples=2), checkpoint_every=Seconds(60.0), **options)
+    if COMM.rank == 0:  # looks after a step, before its checkpoint is written
+        assert written == [None, None, None, None, 4, 4]
+        assert output.newest_sound_step(tmp_path / "run") == 6
+    for wrong, words in ((0, r"checkpoint_every is 0"), ("1 min", r"checkpoint_every is '1 min'")):
+        with pytest.raises(InvalidInput, match=words):
+            fit(problem, LowRankNormal(problem.prior, 2), ELBO(samples=2), checkpoint_every=wrong, **options)
+    with pytest.raises(InvalidInput, match="seconds is 0"):
+        Seconds(0)
+
+
+@pytest.mark.mpi
+def test_a_finished_fit_is_told(tmp_path, capfd):
+    problem, _ = split_pair()
+    options = {"steps": 3, "path": tmp_path / "run", "resume": True}
+    words = []
+    for steps in (3, 3, 4):
+        torch.manual_seed(1)
+        fit(problem, LowRankNormal(problem.prior, 2), ELBO(samples=2), **{**options, "steps": steps})
+        words.append(capfd.readouterr().err)
+    assert words[0] == words[2] == ""
+    if COMM.rank == 0:
+        assert (
+            words[1] == f"{tmp_path / 'run'} holds a fit that ended after step 3 of 3: no step was taken. More steps= go on "
+            "from there.\n"
+        )
+    else:
+        assert words[1] == ""
+
+
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -176,7 +253,7 @@ fit(affine.problem(), LowRankNormal(affine.prior, 2), ELBO(samples=2), steps=8, 
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_leaves_a_checkpoint_and_a_word(tmp_path, name):
     script = SCRIPT.format(root=str(Path(__file__).parents[2]), name=name, path=str(tmp_path / "run"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -187,6 +264,7 @@ def test_a_signal_leaves_a_checkpoint_and_a_word(tmp_path, name):
     word = done.stderr.strip().splitlines()[-1]
     assert word.startswith(f"fem_vi.errors.FitInterrupted: {name} came: the fit stopped after step 5 of 8")
     assert "resume=True" in word
+    assert f"\n{name} came: the fit ends after this step, with a checkpoint.\n" in done.stderr
     assert output.newest_sound_step(tmp_path / "run") == 5
     affine = Affine.create()
 
@@ -231,6 +309,22 @@ def test_a_second_signal_acts_at_once():
             pytest.fail("the second one was noted as well")
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_the_polite_signal_may_come_again_and_is_left_to_whoever_has_it():
+    with noted_signals(active=True) as noted:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert noted.name == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    seen = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        with noted_signals(active=True) as noted:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert (seen, noted.name) == ([signal.SIGUSR1], None)
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 def test_signals_are_left_alone_without_a_folder_and_off_the_main_thread(tmp_path):

@@ -79,6 +79,9 @@ class Samples:
             InvalidInput: Where the name is no text.
 
         MPI: Collective.
+
+        Example:
+            >>> arviz_plots.plot_trace(samples.to_arviz(), coords={"m_dim_0": [0, 100, 200]})  # of a field, a few unknowns
         """
         import arviz_base
 

@@ -15,6 +15,9 @@ from fem_vi.vi.posterior.whitened import WhitenedNormal
 from fem_vi.vi.posterior.whitened_family import FamilyOverPrior, WhitenedFamily
 from fem_vi.vi.start import Linearisation
 
+APART = 2.0
+"""How far from the linearised posterior components start at most, in its standard deviations; half the square is lost in nats."""
+
 
 class MixtureDistribution(SampledDistribution):
     """sum_k w_k q_k with normal q_k over one prior.
@@ -78,7 +81,8 @@ class Mixture(FamilyOverPrior):
 
     An objective draws as many samples from each component and weights them, so that its gradient with respect to w is exact and
     no component dies for want of samples; `samples` must be a multiple of K for equal shares. Components that start at one place
-    stay together: `fit` starts them at draws from the linearised posterior; for known modes start each with `laplace`.
+    stay together: `fit` starts them a little apart, at or towards draws from the linearised posterior; for known modes start each
+    with `laplace`.
 
     Args:
         components: Normal families, of one prior; each is taken as it is, not copied.
@@ -129,11 +133,12 @@ class Mixture(FamilyOverPrior):
         return MixtureDistribution([component() for component in self.components], torch.log_softmax(self.logits, dim=0))
 
     def start_at(self, linearisation: Linearisation) -> None:
-        """Let all components take a linearised posterior, each centred at a draw from it."""
+        """Let all components take a linearised posterior, each moved towards a draw from it, about two deviations at most."""
+        share = min(1.0, APART / self.prior.num_global**0.5)  # draws of n unknowns are sqrt(n) away from their mean
         with torch.no_grad():
             for component in self.components:
                 component.start_at(linearisation)  # type: ignore[operator]
-                component.mu.copy_(component().rsample_whitened())  # type: ignore[operator, union-attr]
+                component.mu.lerp_(component().rsample_whitened(), share)  # type: ignore[operator, union-attr]
 
     def is_fresh(self) -> bool:
         """Whether all components are still centred at the prior mean. Collective."""
