@@ -33,6 +33,7 @@ from fem_vi.vi.prior import GaussianVector
 from fem_vi.vi.problem import InverseProblem
 from fem_vi.vi.randomness import private_generator
 from fem_vi.vi.start import GaussNewton
+from fem_vi.vi.unknown_scale import UnknownScale
 from tests.vi.helpers import F64, Affine, numbers, split_pair
 
 KERNELS = {"pCN": PCN(step_size=0.9), "MALA": MALA(step_size=0.7), "HMC": HMC(step_size=0.6)}
@@ -190,6 +191,19 @@ def test_a_proposal_where_the_forward_map_fails_is_rejected():
     one = torch.ones(1, dtype=F64)
     ratio = Normal(0.0 * one, one).log_prob(one).exp() / Normal(0.0 * one, one).cdf(one)
     assert float(z_scores(samples, -ratio, 1 - ratio - ratio.square()).abs().max()) < 4.5  # t with 9 degrees of freedom
+
+
+def test_a_chain_that_begins_on_a_steep_slope_is_not_left_there():
+    # Where the noise is small the misfit is steep: one of eight draws of this prior was rejected for ever at steps for the rest.
+    y, x = torch.tensor([1.2, 0.9, 1.5, 0.8, 1.1, 2.9], dtype=F64), torch.linspace(-1, 1, 6, dtype=F64)
+
+    def forward(m):
+        return torch.cat([torch.exp(0.3 * m[..., :1] + 0.4 * m[..., 1:2] * x), m[..., 2:]], dim=-1)
+
+    problem = InverseProblem(GaussianVector(torch.zeros(3)), forward, UnknownScale(GaussianNoise(0.5)), y)
+    samples = sample(problem, HMC(), chains=8, draws=100, warmup=300)
+    assert float(samples.acceptance.mean(1).min()) > 0.5
+    assert samples.report().rhat < 1.1
 
 
 def test_failures_at_the_start_are_told():

@@ -18,6 +18,9 @@ FIRST_SIZE = 0.3
 WINDOWS = (0.15, 0.3, 0.55, 0.9)
 """Fractions of the warm-up between which scales are learned; before and after, the step size alone."""
 PSEUDO_DRAWS = 5
+HOPELESS, PATIENCE = 1e-3, 10
+"""A chain whose acceptance stays below this for so many steps is stuck, and the step size shrinks until it moves. The others, who
+accept, would never let it: a chain that began far out on a steep slope would stay there for good."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,12 @@ def warm_up(
     averaging = DualAveraging.begin(FIRST_SIZE if kernel.step_size is None else kernel.step_size, kernel.acceptance)
     edges = [round(share * steps) for share in WINDOWS] if not isinstance(adaptation, KeepReference) else []
     seen: list[Tensor] = []
+    idle = torch.zeros(crowd.last - crowd.first)  # steps that each chain has all but surely rejected, one after another
     for k in range(1, steps + 1):
         state, info = kernel.step(target, state, kernel.step_size or averaging.size)
-        averaging = averaging.update(float(crowd.together(info.steering.sum())) / crowd.total)
+        idle = torch.where(info.steering < HOPELESS, idle + 1.0, 0.0)
+        steering, stuck = crowd.together(torch.stack([info.steering.sum(), (idle >= PATIENCE).double().sum()])).tolist()
+        averaging = averaging.update(0.0 if stuck else steering / crowd.total)
         if edges and edges[0] < k <= edges[-1]:
             seen.append(state.x)
         if k in edges[1:] and seen:
