@@ -107,6 +107,7 @@ def test_laplace_and_low_rank_by_natural_gradients_from_it() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.mpi
 def test_low_rank_comes_back_by_natural_gradients() -> None:
     problem, answer = inversion(COMM), exact()

@@ -44,7 +44,9 @@ class PointValues:
     def matrix(self) -> Tensor:
         """The owned columns: sparse COO, all orders one below the other."""
         size = (sum(self._sizes), self.num_owned)
-        return torch.sparse_coo_tensor(torch.stack([self._rows, self._cols]), self._weights, size).coalesce()
+        return torch.sparse_coo_tensor(
+            torch.stack([self._rows, self._cols]), self._weights, size, check_invariants=True
+        ).coalesce()
 
     def __call__(self, u: Tensor) -> list[Tensor]:
         """For each order, the derivatives of `u`, a field tensor `(*batch, n_owned)` on the host, float64. Collective."""
