@@ -69,7 +69,8 @@ def sample(
         The draws, with what they cost and how well the chains mixed.
 
     Raises:
-        InvalidInput: Where an argument is of the wrong type or out of range, or the density is zero at a starting point.
+        InvalidInput: Where an argument is of the wrong type or out of range, or the density is zero at a starting point,
+            also that of the cheap problem of a `DelayedAcceptance`.
         SolveFailed: Where the forward map has no solution at a starting point. Later, such a proposal is rejected.
 
     MPI: Collective over the ranks of the prior, or of `grid.comm`.
@@ -94,6 +95,8 @@ def sample(
     with private_generator(crowd.seed):
         target = Target(problem, Coordinates.of(problem.prior, reference), crowd, kernel.uses_gradient)
         state = target.begin(_first(target, start))
+        if isinstance(kernel, DelayedAcceptance):
+            kernel.begin(target, state)
         with sampling_bar(plan.warmup + plan.draws, show=comm.rank == 0) as show:
             target, state, size = warm_up(
                 target, kernel, state, steps=plan.warmup, adaptation=plan.adaptation or KeepReference(), show=show

@@ -25,7 +25,7 @@ class DelayedAcceptance:
 
     leaves exp(T h(x)) N(x; 0, I) alone, however wrong the cheap problem is: where it is good, nearly all is accepted, at one
     forward solve a step and no backward one. Where the cheap problem's tails are thinner than the posterior's, chains stay for
-    long in what it takes for impossible, which R-hat tells; where its density is zero, they stay for ever.
+    long in what it takes for impossible, which R-hat tells; where its density is zero, they must not begin.
 
     Attributes:
         cheap: The same unknowns with a cheap model, such as a `ReducedSolve` or a coarser mesh. The prior must be the sampled
@@ -84,9 +84,24 @@ class DelayedAcceptance:
                 "problem.likelihood, problem.y)."
             )
 
+    def begin(self, target: Target, state: State) -> None:
+        """Refuse starting points at which the cheap problem's density is zero: chains would stay there. Collective.
+
+        Raises:
+            InvalidInput: Naming the chains.
+            SolveFailed: Where the cheap forward map has no solution.
+        """
+        try:
+            self._proposing(target).begin(state.x)
+        except InvalidInput as error:
+            raise InvalidInput(f"DelayedAcceptance, of cheap: {error}") from error
+
+    def _proposing(self, target: Target) -> Target:
+        return replace(target, problem=self.cheap, gradient=self.kernel.uses_gradient)
+
     def step(self, target: Target, state: State, size: float, *, temperature: float = 1.0) -> tuple[State, Info]:
         """Move every chain once: one forward solve of each, and what `subchain` steps take of the cheap problem. Collective."""
-        proposing = replace(target, problem=self.cheap, gradient=self.kernel.uses_gradient)
+        proposing = self._proposing(target)
         first = at = proposing.attempt(state.x)
         rates = []
         for _ in range(self.subchain):
