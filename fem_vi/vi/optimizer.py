@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -58,10 +57,10 @@ class Adam:
         if self.pair_lr is None:
             return self(posterior.parameters())
         pairs = getattr(posterior, "pairs", ())
-        # Neighbours make a group, so that the optimiser knows parameters by the places they have in the posterior.
-        groups = groupby(posterior.named_parameters(), key=lambda named: named[0] in pairs)
-        rates = {True: self.pair_lr, False: self.lr}
-        return self._of_groups([{"params": [value for _, value in named], "lr": rates[pair]} for pair, named in groups])
+        groups: list[dict[str, Any]] = [{"params": [], "lr": self.lr}, {"params": [], "lr": self.pair_lr}]
+        for name, parameter in posterior.named_parameters():
+            groups[name in pairs]["params"].append(parameter)
+        return self._of_groups([group for group in groups if group["params"]])
 
     def _of_groups(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         given = [x for group in groups for x in group["params"]]

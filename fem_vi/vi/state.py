@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -49,20 +48,16 @@ def scatter_parameters(posterior: nn.Module, prior: FieldPrior, tensors: dict[st
         value.copy_(prior.scatter(tensors[name]) if is_field(posterior, name) else tensors[name])
 
 
-def _slots(posterior: nn.Module, state: dict[str, Any]) -> Iterator[tuple[str, bool, dict[str, Any], str]]:
-    """Name, whether a field, owner and key of each tensor in an optimiser's state dict."""
-    for index, (name, parameter) in enumerate(posterior.named_parameters()):
-        values = state["state"].get(index, {})
+def gather_optimizer(optimizer: torch.optim.Optimizer, posterior: nn.Module, prior: FieldPrior) -> dict[str, Tensor]:
+    """Every tensor of the optimiser's state, by parameter and name, replicated, whatever its groups are. Collective."""
+    gathered = {}
+    for name, parameter in posterior.named_parameters():
+        values = optimizer.state.get(parameter, {})
         for key in sorted(values):
             if isinstance(values[key], Tensor):
                 field = is_field(posterior, name) and values[key].shape == parameter.shape
-                yield f"{name}/{key}", field, values, key
-
-
-def gather_optimizer(optimizer: torch.optim.Optimizer, posterior: nn.Module, prior: FieldPrior) -> dict[str, Tensor]:
-    """Every tensor of the optimiser's state, by parameter and name, replicated. Collective."""
-    slots = _slots(posterior, optimizer.state_dict())
-    return {name: (prior.gather(values[key]) if field else values[key]).clone() for name, field, values, key in slots}
+                gathered[f"{name}/{key}"] = (prior.gather(values[key]) if field else values[key]).clone()
+    return gathered
 
 
 def scatter_optimizer(

@@ -680,9 +680,6 @@ def test_entries_of_a_dense_factor_take_steps_of_their_own():
     steps = {name: float((before[name] - value).detach().mean()) for name, value in posterior.named_parameters()}
     assert steps.pop("components.0.below") == pytest.approx(0.01)
     assert list(steps.values()) == pytest.approx([0.1] * 5)
-    # By its place among the parameters a checkpoint knows whose moments it holds.
-    taken = [value for group in optimizer.param_groups for value in group["params"]]
-    assert [id(value) for value in taken] == [id(value) for value in posterior.parameters()]
     assert (
         repr(default_optimizer(posterior, 4, linearised=False)) == "Adam(lr=0.25, betas=(0.9, 0.999), eps=1e-08, pair_lr=0.125)"
     )
@@ -757,8 +754,13 @@ def test_damaged_configuration_says_what_to_do(tmp_path, content):
         go_on(affine, tmp_path / "run")
 
 
+def last_first(parameters):
+    given = list(parameters)[::-1]
+    return torch.optim.Adam([{"params": given[:1], "lr": 3e-3}, {"params": given[1:]}], lr=1e-2)
+
+
 @pytest.mark.mpi
-@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.Rprop, torch.optim.Adadelta, torch.optim.ASGD])
+@pytest.mark.parametrize("kind", [last_first, torch.optim.NAdam, torch.optim.Rprop, torch.optim.Adadelta, torch.optim.ASGD])
 def test_any_optimiser_of_torch_goes_on_bit_by_bit(tmp_path, kind):
     problem, _ = split_pair()
     options = {"objective": ELBO(samples=2), "optimizer": kind, "start": PresentParameters(), "schedule": ConstantRate()}
