@@ -25,7 +25,8 @@ class DelayedAcceptance:
 
     leaves exp(T h(x)) N(x; 0, I) alone, however wrong the cheap problem is: where it is good, nearly all is accepted, at one
     forward solve a step and no backward one. Where the cheap problem's tails are thinner than the posterior's, chains stay for
-    long in what it takes for impossible, which R-hat tells; where its density is zero, they must not begin.
+    long in what it takes for impossible, which R-hat tells; where its density is zero, they must not begin. So begin near the
+    posterior: with `reference=`, or `start=` at draws of the cheap problem's posterior.
 
     Attributes:
         cheap: The same unknowns with a cheap model, such as a `ReducedSolve` or a coarser mesh. The prior must be the sampled
