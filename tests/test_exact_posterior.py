@@ -93,6 +93,13 @@ def check(posterior: torch.nn.Module, answer: Exact, *, variance: Tensor | None 
         assert (gather(q.variance) / expected - 1).abs().max() < 0.01
 
 
+@torch.no_grad()
+def push_mean(posterior: torch.nn.Module) -> None:
+    """Push the mean off by half a standard deviation, in a direction drawn from the posterior."""
+    torch.manual_seed(1)
+    posterior.mu.copy_(posterior().rsample_whitened().lerp(posterior.mu, 0.5))
+
+
 @pytest.mark.mpi
 def test_laplace_and_low_rank_by_natural_gradients_from_it() -> None:
     problem, answer = inversion(COMM), exact()
@@ -112,9 +119,8 @@ def test_laplace_and_low_rank_by_natural_gradients_from_it() -> None:
 def test_low_rank_comes_back_by_natural_gradients() -> None:
     problem, answer = inversion(COMM), exact()
     posterior = fem_vi.laplace(problem, rank=40, mode=fem_vi.NewtonCG(threshold=1e-9))
-    with torch.no_grad():  # pushed off: by half a standard deviation of the posterior, and scales by a fifth
-        torch.manual_seed(1)
-        posterior.mu.copy_(posterior().rsample_whitened().lerp(posterior.mu, 0.5))
+    push_mean(posterior)
+    with torch.no_grad():  # and scales by a fifth
         posterior.U *= 1.2
     before = float(fem_vi.ELBO(samples=16)(problem, posterior).elbo)
     arguments: dict[str, Any] = {"start": fem_vi.PresentParameters(), "schedule": lambda progress: 1.0}
@@ -155,9 +161,7 @@ def test_full_rank_by_natural_gradients_from_laplace() -> None:
     assert run.history[-1].elbo == pytest.approx(answer.log_evidence, abs=0.01)
     # The mean pushed off by half a standard deviation of the posterior: a full step takes it back, and a pair of draws leaves the
     # covariance where it is.
-    with torch.no_grad():
-        torch.manual_seed(1)
-        posterior.mu.copy_(posterior().rsample_whitened().lerp(posterior.mu, 0.5))
+    push_mean(posterior)
     arguments: dict[str, Any] = {"start": fem_vi.PresentParameters(), "schedule": lambda progress: 1.0}
     objective, optimizer = fem_vi.ELBO(samples=2, noise=fem_vi.Antithetic()), fem_vi.NaturalGradient(lr=1.0, most=1e4)
     run = fem_vi.fit(problem, posterior, objective, steps=2, optimizer=optimizer, **arguments)
@@ -173,9 +177,8 @@ def test_full_rank_comes_back_by_natural_gradients() -> None:
     problem, answer = inversion(COMM), exact()
     posterior = fem_vi.FullRankNormal(problem.prior)
     fem_vi.GaussNewton()(problem, posterior)
-    with torch.no_grad():  # pushed off: by half a standard deviation of the posterior, and scales by a twentieth
-        torch.manual_seed(1)
-        posterior.mu.copy_(posterior().rsample_whitened().lerp(posterior.mu, 0.5))
+    push_mean(posterior)
+    with torch.no_grad():  # and scales by a twentieth
         posterior.log_diagonal += 0.05
         posterior.below *= math.exp(0.05)
     before = float(fem_vi.ELBO(samples=16)(problem, posterior).elbo)
