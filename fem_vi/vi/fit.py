@@ -106,7 +106,7 @@ def fit(
     Raises:
         InvalidInput: Where an argument is of the wrong type, `steps` or `checkpoint_every` is below 1, arguments differ
             between ranks, gradients are switched off, or `LBFGS()` is given a `MinibatchProblem`.
-        FitInterrupted: Where SIGINT or SIGTERM came, and a checkpoint was written.
+        FitInterrupted: Where SIGINT, SIGTERM or SIGUSR1 came, and a checkpoint was written.
         NotFinite: Where the loss or its gradient stops being finite.
         RunFolderError: Where `path` is a file or holds something else, what it holds of a run is damaged, or another process is
             at work on it.
@@ -133,6 +133,8 @@ def fit(
             raise InvalidInput(f"schedule is the class {schedule.__name__}; make one of it: {schedule.__name__}().")
         instance("start", start, GaussNewton, NewtonCG, PresentParameters, NoneType)
         instance("stop", stop, Callable)  # type: ignore[arg-type]
+        if isinstance(stop, type):
+            raise InvalidInput(f"stop is the class {stop.__name__}; make one of it: {stop.__name__}().")
         instance("keep", keep, Last, Best, Average)
         instance("callbacks", callbacks, Sequence)
         for callback in callbacks:
@@ -166,7 +168,12 @@ def fit(
             begin(problem, posterior)  # type: ignore[arg-type]  # only an InverseProblem can be linearised
         elif session.step == steps or stop(session.history):
             words = f"{folder} holds a fit that ended after step {session.step} of {steps}: no step was taken."
-            tell(f"{words} More steps= go on from there.", show=comm.rank == 0)
+            way_on = (
+                "More steps= go on from there."
+                if session.step == steps
+                else f"{name_of(stop)} stops it there; another stop= goes on."
+            )
+            tell(f"{words} {way_on}", show=comm.rank == 0)
         _loop(session, folder, Clock(checkpoint_every), callbacks, stop)
         session.take_kept()
         if folder is not None:

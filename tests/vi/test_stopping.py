@@ -240,6 +240,17 @@ def test_a_finished_fit_is_told(tmp_path, capfd):
         assert words[1] == ""
 
 
+def test_a_fit_that_was_stopped_tells_by_what(tmp_path, capfd):
+    affine = Affine.create()
+    options = {"path": tmp_path / "run", "resume": True, "stop": Plateau(window=2, tolerance=1e9), "steps": 30}
+    for _ in range(2):
+        run = fit(affine.problem(), LowRankNormal(affine.prior, 2), ELBO(samples=2), **options)
+    assert len(run.history) < 30
+    assert "Plateau(window=2, tolerance=1000000000.0) stops it there; another stop= goes on." in capfd.readouterr().err
+    with pytest.raises(InvalidInput, match="stop is the class Plateau; make one of it"):
+        fit(affine.problem(), LowRankNormal(affine.prior, 2), ELBO(samples=2), steps=2, stop=Plateau)
+
+
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
